@@ -1,0 +1,199 @@
+//! Runs the steps of a plan: as few processes as can be, and the truth about each step.
+
+use std::fmt::Write as _;
+use std::fs;
+
+use anyhow::{Error, Result, anyhow};
+
+use crate::command::{OnError, Tools};
+use crate::ip;
+use crate::iptables;
+use crate::link::rp_filter_path;
+use crate::plan::{Change, Step};
+use crate::state::Table;
+
+/// What came of a plan.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Entries that came in.
+    pub added: usize,
+    /// Entries that went.
+    pub removed: usize,
+    /// What failed.
+    pub errors: Vec<Error>,
+}
+
+impl Outcome {
+    fn done(&mut self, step: &Step) {
+        for (change, command) in step.changes() {
+            log::info!("{command}");
+            match change {
+                Change::Add | Change::Replace => self.added += 1,
+                Change::Delete => self.removed += 1,
+            }
+        }
+    }
+}
+
+/// Carries out the steps in their order, `ip` and iptables asked once each where the order lets them.
+pub fn apply(tools: &Tools, steps: &[Step], on_error: OnError) -> Outcome {
+    let mut outcome = Outcome::default();
+    for group in steps.chunk_by(|a, b| kind(a) == kind(b)) {
+        let result = match kind(&group[0]) {
+            Kind::Ip => ip_batch(tools, group, on_error, &mut outcome),
+            Kind::Iptables => iptables_restore(tools, group, &mut outcome),
+            Kind::File => rp_filter(group, &mut outcome),
+        };
+        outcome.errors.extend(result.err());
+        if on_error == OnError::Stop && !outcome.errors.is_empty() {
+            break;
+        }
+    }
+    outcome
+}
+
+#[derive(PartialEq, Eq)]
+enum Kind {
+    Ip,
+    Iptables,
+    File,
+}
+
+fn kind(step: &Step) -> Kind {
+    match step {
+        Step::Route(..) | Step::RouteRule(..) => Kind::Ip,
+        Step::Chain { .. } | Step::Entry(..) => Kind::Iptables,
+        Step::RpFilter { .. } => Kind::File,
+    }
+}
+
+fn first_command(step: &Step) -> String {
+    step.commands()
+        .first()
+        .map(ToString::to_string)
+        .unwrap_or_default()
+}
+
+fn ip_batch(tools: &Tools, steps: &[Step], on_error: OnError, outcome: &mut Outcome) -> Result<()> {
+    let mut lines = String::new();
+    for command in steps.iter().flat_map(Step::commands) {
+        // A batch line is the command without its first word.
+        let command = command.to_string();
+        lines.push_str(command.strip_prefix("ip ").unwrap_or(&command));
+        lines.push('\n');
+    }
+    let output = tools.ip_batch(on_error, &lines)?;
+    if output.status.success() {
+        steps.iter().for_each(|step| outcome.done(step));
+        return Ok(());
+    }
+    let failures = ip::failures(&output.stderr);
+    let known = failures.iter().any(|(line, _)| *line > 0);
+    for (index, step) in steps.iter().enumerate() {
+        if let Some((_, words)) = failures.iter().find(|(line, _)| *line == index + 1) {
+            let (command, ending, advice) = (first_command(step), output.ending(), advice(words));
+            outcome
+                .errors
+                .push(anyhow!("{command}: {ending}: {words}{advice}"));
+            if on_error == OnError::Stop {
+                return Ok(());
+            }
+        } else if known {
+            outcome.done(step);
+        }
+    }
+    if !known {
+        outcome
+            .errors
+            .push(anyhow!("ip -batch: {}", output.failure()));
+    }
+    Ok(())
+}
+
+fn iptables_restore(tools: &Tools, steps: &[Step], outcome: &mut Outcome) -> Result<()> {
+    let mut input = String::new();
+    // The last line of each table.
+    let mut ends: Vec<(usize, &[Step])> = Vec::new();
+    for group in steps.chunk_by(|a, b| a.table() == b.table()) {
+        let Some(table) = group[0].table() else {
+            continue;
+        };
+        open_table(table, &mut input);
+        group
+            .iter()
+            .for_each(|step| iptables::restore_lines(step, &mut input));
+        input.push_str("COMMIT\n");
+        ends.push((input.lines().count(), group));
+    }
+    let output = tools.iptables_restore(&input)?;
+    // Each table is one transaction: those ahead of the line that failed are done.
+    let failed = if output.status.success() {
+        usize::MAX
+    } else {
+        failed_line(&output.stderr).unwrap_or(0)
+    };
+    for (_, group) in ends.iter().take_while(|(end, _)| *end < failed) {
+        group.iter().for_each(|step| outcome.done(step));
+    }
+    if !output.status.success() {
+        let line = input
+            .lines()
+            .nth(failed.wrapping_sub(1))
+            .filter(|line| *line != "COMMIT");
+        let line = line.map(|line| format!(" at {line:?}")).unwrap_or_default();
+        let advice = advice(&output.stderr);
+        outcome.errors.push(anyhow!(
+            "iptables-restore{line}: {}{advice}",
+            output.failure()
+        ));
+    }
+    Ok(())
+}
+
+fn open_table(table: Table, input: &mut String) {
+    // Writing to a String can't fail.
+    let _ = writeln!(input, "*{table}");
+}
+
+/// The number behind "line" in the words of either backend: `line 5 failed`, `Error occurred at line: 5`.
+fn failed_line(stderr: &str) -> Option<usize> {
+    let mut words = stderr
+        .split(|c: char| !c.is_ascii_alphanumeric())
+        .filter(|word| !word.is_empty());
+    words.find(|word| *word == "line")?;
+    words.next()?.parse().ok()
+}
+
+fn rp_filter(steps: &[Step], outcome: &mut Outcome) -> Result<()> {
+    for step in steps {
+        let Step::RpFilter {
+            interface, value, ..
+        } = step
+        else {
+            continue;
+        };
+        let path = rp_filter_path(interface.as_str());
+        match fs::write(&path, value.to_string()) {
+            Ok(()) => outcome.done(step),
+            Err(error) => outcome
+                .errors
+                .push(anyhow!("{}: {error}", first_command(step))),
+        }
+    }
+    Ok(())
+}
+
+/// What to do about the commonest of the tools' complaints.
+fn advice(words: &str) -> &'static str {
+    if words.contains("File exists") {
+        " (an entry that is not mh-hook's stands in its place: see ip rule and ip route show table all, and delete it)"
+    } else if words.contains("not permitted") || words.contains("Permission denied") {
+        " (it needs the capability NET_ADMIN)"
+    } else if words.contains("Cannot find device") || words.contains("Network is down") {
+        " (the link went away meanwhile; its next event, or mh-hook sync, sets this right)"
+    } else if words.contains("xtables lock") {
+        " (another program holds the lock of iptables: see who with fuser /run/xtables.lock)"
+    } else {
+        ""
+    }
+}

@@ -1,0 +1,296 @@
+//! The only place that spawns: absolute paths, a clean environment, a deadline, the exit status.
+//! Knows nothing of routing.
+
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+/// Where tools are looked for, and nowhere else: PATH is the caller's.
+const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+
+/// How long one command may take.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// The most that a tool may print, in bytes: 10,000 rules are 1 MiB.
+const MAX_OUTPUT: usize = 64 << 20;
+
+/// The tools, each found once.
+#[derive(Debug)]
+pub struct Tools {
+    ip: PathBuf,
+    save: PathBuf,
+    restore: PathBuf,
+    deadline: Instant,
+}
+
+/// What a tool that ran to its end said.
+#[derive(Debug)]
+pub struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its answer.
+    pub stdout: String,
+    /// Its complaints.
+    pub stderr: String,
+}
+
+/// Whether `ip -batch` stops at the first line that fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnError {
+    /// What follows would build on it.
+    Stop,
+    /// What follows is to be removed all the same.
+    GoOn,
+}
+
+impl Tools {
+    /// Finds the tools. All that they do must be done by the deadline.
+    ///
+    /// # Errors
+    /// Names the one that is missing and the package that has it.
+    pub fn find(deadline: Instant) -> Result<Self> {
+        Ok(Self {
+            ip: find("ip", "iproute2")?,
+            save: find("iptables-save", "iptables")?,
+            restore: find("iptables-restore", "iptables")?,
+            deadline,
+        })
+    }
+
+    /// The answers to a batch of `ip` questions: `ip -4 -N -batch -`. Numbers, since names of
+    /// tables and protocols are this machine's own (/etc/iproute2).
+    ///
+    /// # Errors
+    /// It can't be run or fails.
+    pub fn ip_list(&self, questions: &str) -> Result<String> {
+        let output = self.run(&self.ip, &["-4", "-N", "-batch", "-"], questions)?;
+        ensure!(
+            output.status.success(),
+            "ip -4 -N -batch -: {}",
+            output.failure()
+        );
+        Ok(output.stdout)
+    }
+
+    /// Carries out a batch of `ip` lines.
+    ///
+    /// # Errors
+    /// It can't be run, or not within its time.
+    pub fn ip_batch(&self, on_error: OnError, lines: &str) -> Result<Output> {
+        let args: &[&str] = match on_error {
+            OnError::Stop => &["-4", "-batch", "-"],
+            OnError::GoOn => &["-4", "-force", "-batch", "-"],
+        };
+        self.run(&self.ip, args, lines)
+    }
+
+    /// All rules of all tables that there are.
+    ///
+    /// # Errors
+    /// It can't be run or fails.
+    pub fn iptables_save(&self) -> Result<String> {
+        let output = self.run(&self.save, &[], "")?;
+        ensure!(
+            output.status.success(),
+            "iptables-save: {}",
+            output.failure()
+        );
+        Ok(output.stdout)
+    }
+
+    /// Changes tables, each in one transaction. The lock of the legacy backend is waited for.
+    ///
+    /// # Errors
+    /// It can't be run, or not within its time.
+    pub fn iptables_restore(&self, input: &str) -> Result<Output> {
+        // One second less than it has, so that it gives up by itself and says why.
+        let seconds = self.limit().as_secs().saturating_sub(1).max(1).to_string();
+        self.run(&self.restore, &["--noflush", "--wait", &seconds], input)
+    }
+
+    fn limit(&self) -> Duration {
+        LIMIT.min(self.deadline.saturating_duration_since(Instant::now()))
+    }
+
+    fn run(&self, path: &Path, args: &[&str], input: &str) -> Result<Output> {
+        let name = [
+            &[path
+                .file_name()
+                .unwrap_or_default()
+                .to_str()
+                .unwrap_or_default()],
+            args,
+        ]
+        .concat()
+        .join(" ");
+        let limit = self.limit();
+        ensure!(
+            !limit.is_zero(),
+            "{name}: not run: the time for this call is over"
+        );
+        let mut child = Command::new(path)
+            .args(args)
+            .env_clear()
+            .env("LC_ALL", "C")
+            .current_dir("/")
+            // Its own group, so that a late one is stopped with all that it started.
+            .process_group(0)
+            .stdin(stdin(input).with_context(|| format!("{name}: hand over its input"))?)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("run {}", path.display()))?;
+        let output = finish(&mut child, Instant::now() + limit);
+        if output.is_err() {
+            let group = Pid::from_raw(i32::try_from(child.id()).expect("a process id fits pid_t"));
+            // It may have ended in between, which is as well.
+            let _ = killpg(group, Signal::SIGKILL);
+            let _ = child.wait();
+        }
+        output.with_context(|| name)
+    }
+}
+
+impl Output {
+    /// How it failed, and its own words on one line.
+    pub fn failure(&self) -> String {
+        let words: Vec<&str> = self
+            .stderr
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .collect();
+        format!(
+            "{}: {}",
+            self.ending(),
+            if words.is_empty() {
+                "it said nothing".into()
+            } else {
+                words.join("; ")
+            }
+        )
+    }
+
+    /// How it ended.
+    pub fn ending(&self) -> String {
+        match (self.status.code(), self.status.signal()) {
+            (Some(code), _) => format!("exit status {code}"),
+            (None, Some(signal)) => format!("killed by signal {signal}"),
+            (None, None) => "ended".into(),
+        }
+    }
+}
+
+fn find(name: &str, package: &str) -> Result<PathBuf> {
+    let mut paths = FOLDERS.iter().map(|folder| Path::new(folder).join(name));
+    paths.find(|path| path.is_file()).with_context(|| {
+        format!(
+            "there is no {name} in {}: install it (apt-get install {package})",
+            FOLDERS.join(", ")
+        )
+    })
+}
+
+/// The input as a file in memory: unlike a pipe it takes all at once, so that nobody waits for us
+/// while we wait for him.
+fn stdin(input: &str) -> Result<Stdio> {
+    if input.is_empty() {
+        return Ok(Stdio::null());
+    }
+    let mut file =
+        File::from(memfd_create("mh-hook", MFdFlags::MFD_CLOEXEC).context("memfd_create")?);
+    file.write_all(input.as_bytes())?;
+    file.rewind()?;
+    Ok(file.into())
+}
+
+/// Reads both outputs to their ends and waits.
+fn finish(child: &mut Child, until: Instant) -> Result<Output> {
+    let mut stdout = child.stdout.take();
+    let mut stderr = child.stderr.take();
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    while stdout.is_some() || stderr.is_some() {
+        let (out_ready, err_ready) = ready(
+            stdout.as_ref().map(AsFd::as_fd),
+            stderr.as_ref().map(AsFd::as_fd),
+            until,
+        )?;
+        if out_ready {
+            read_some(&mut stdout, &mut out)?;
+        }
+        if err_ready {
+            read_some(&mut stderr, &mut err)?;
+        }
+    }
+    let status = loop {
+        // Its outputs are closed, so it is about to end.
+        match child.try_wait().context("wait")? {
+            Some(status) => break status,
+            None if Instant::now() >= until => bail!(TOO_LATE),
+            None => std::thread::sleep(Duration::from_micros(200)),
+        }
+    };
+    let text = |bytes: Vec<u8>| match String::from_utf8(bytes) {
+        Ok(text) => text,
+        // Names of others' interfaces can hold any byte.
+        Err(error) => String::from_utf8_lossy(error.as_bytes()).into_owned(),
+    };
+    Ok(Output {
+        status,
+        stdout: text(out),
+        stderr: text(err),
+    })
+}
+
+const TOO_LATE: &str = "did not end in its time and was stopped";
+
+type Fd<'a> = Option<std::os::fd::BorrowedFd<'a>>;
+
+/// Which of the two can be read, once one can.
+fn ready(stdout: Fd, stderr: Fd, until: Instant) -> Result<(bool, bool)> {
+    let left = until.saturating_duration_since(Instant::now());
+    ensure!(!left.is_zero(), TOO_LATE);
+    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+    let mut fds: Vec<PollFd> = [stdout, stderr]
+        .into_iter()
+        .flatten()
+        .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+        .collect();
+    match poll(&mut fds, timeout) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+        Err(errno) => return Err(errno).context("poll"),
+    }
+    let mut any = fds.iter().map(|fd| fd.any().unwrap_or(false));
+    Ok((
+        stdout.is_some() && any.next().unwrap_or(false),
+        stderr.is_some() && any.next().unwrap_or(false),
+    ))
+}
+
+/// Reads what is there; at its end the pipe goes.
+fn read_some(pipe: &mut Option<impl Read>, into: &mut Vec<u8>) -> Result<()> {
+    let mut buffer = [0; 1 << 16];
+    let length = pipe
+        .as_mut()
+        .map_or(Ok(0), |pipe| pipe.read(&mut buffer))
+        .context("read its output")?;
+    if length == 0 {
+        *pipe = None;
+    }
+    into.extend_from_slice(&buffer[..length]);
+    ensure!(
+        into.len() <= MAX_OUTPUT,
+        "printed more than {MAX_OUTPUT} bytes and was stopped"
+    );
+    Ok(())
+}

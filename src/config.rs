@@ -1,0 +1,906 @@
+//! The configuration file: text to [`Config`], every error with its place. Knows neither kernel nor event.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::net::Ipv4Addr;
+use std::ops::{Range, RangeInclusive};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use ipnetwork::Ipv4Network;
+use nix::fcntl::{OFlag, open, openat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use crate::state::{FwMark, IfName, TableId, UplinkName, check_local};
+
+/// Where the configuration stands unless `--config` says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/mh-hook.toml";
+
+/// The largest configuration that is read, in bytes: 10,000 forwards take less than one MiB.
+const MAX_SIZE: u64 = 4 << 20;
+
+/// A configuration that holds.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Where the servers are.
+    pub lan: Lan,
+    /// The bits of packet and connection mark that are ours.
+    pub mask: u32,
+    /// The priorities of our routing rules.
+    pub priority: Priority,
+    /// The ways out, by name.
+    pub uplinks: BTreeMap<UplinkName, Uplink>,
+}
+
+/// The LAN side of the router.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Lan {
+    /// Interfaces by which replies of LAN servers come in.
+    pub interfaces: Vec<IfName>,
+    /// Prefixes that masquerade hides.
+    pub networks: Vec<Ipv4Network>,
+}
+
+/// Priorities of `ip rule`, smaller asked first.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Priority {
+    /// An uplink's address talks to the LAN directly.
+    pub local: u32,
+    /// Connections go back by the uplink that they came by.
+    pub mark: u32,
+    /// An uplink's address leaves by its link.
+    pub source: u32,
+}
+
+/// One configured way out.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Uplink {
+    /// The interface it is bound to.
+    pub interface: IfName,
+    /// Its routing table and connection mark; without them it only masquerades.
+    pub routing: Option<Routing>,
+    /// Whether LAN traffic that leaves by it takes its address.
+    pub masquerade: bool,
+    /// Its port forwards, in the order of the file.
+    pub forwards: Vec<Forward>,
+}
+
+/// What sends a connection's replies back by the uplink it came by.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Routing {
+    /// The uplink's routing table.
+    pub table: TableId,
+    /// The mark of its connections.
+    pub mark: FwMark,
+}
+
+/// A port forward.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// The transport protocol.
+    pub protocol: Protocol,
+    /// The ports at the uplink's address.
+    pub ports: RangeInclusive<u16>,
+    /// The LAN host.
+    pub to: Ipv4Addr,
+    /// The port there, where it is another.
+    pub to_port: Option<u16>,
+    /// The sources that may use it; none given means all.
+    pub from: Vec<Ipv4Network>,
+}
+
+/// A protocol with ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+impl Config {
+    /// Reads and parses the file.
+    ///
+    /// # Errors
+    /// [`Errors`] where the text does not hold; else why the file can't be read or trusted.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = read(path).with_context(|| format!("configuration {}", path.display()))?;
+        Self::parse(&text).map_err(|problems| {
+            Errors {
+                path: path.to_owned(),
+                text,
+                problems,
+            }
+            .into()
+        })
+    }
+
+    /// The configuration in this text.
+    ///
+    /// # Errors
+    /// All that is wrong, in the order of the text.
+    pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
+        let (root, syntax) = DeTable::parse_recoverable(text);
+        let mut reader = Reader::default();
+        let broken = !syntax.is_empty();
+        for error in syntax {
+            reader.problem(error.span().unwrap_or(0..0), error.message().to_owned());
+        }
+        let config = reader.config(root.get_ref());
+        if broken {
+            // What seems to be missing may stand in what the parser had to leave out.
+            reader
+                .problems
+                .retain(|problem| !problem.message.starts_with(MISSING));
+        }
+        reader.problems.sort_by_key(|problem| problem.span.start);
+        if reader.problems.is_empty() {
+            Ok(config)
+        } else {
+            Err(reader.problems)
+        }
+    }
+
+    /// The uplink that is bound to this interface.
+    pub fn bound_to(&self, interface: &IfName) -> Option<&UplinkName> {
+        self.uplinks
+            .iter()
+            .find(|(_, uplink)| uplink.interface == *interface)
+            .map(|(name, _)| name)
+    }
+}
+
+/// One thing wrong with the configuration.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Its place, in bytes.
+    pub span: Range<usize>,
+    /// What it is, and what would be right.
+    pub message: String,
+}
+
+/// All that is wrong with a configuration file.
+#[derive(Debug)]
+pub struct Errors {
+    path: PathBuf,
+    text: String,
+    problems: Vec<Problem>,
+}
+
+impl Errors {
+    /// One line for each: file, line, column (both from 1, in characters), message.
+    pub fn lines(&self) -> impl Iterator<Item = String> {
+        self.problems.iter().map(|problem| {
+            let (line, column) = place(&self.text, problem.span.start);
+            format!(
+                "{}:{line}:{column}: {}",
+                self.path.display(),
+                problem.message
+            )
+        })
+    }
+}
+
+impl fmt::Display for Errors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.lines().collect::<Vec<_>>().join("\n"))
+    }
+}
+
+impl std::error::Error for Errors {}
+
+/// Line and column, both from 1, the column in characters.
+pub fn place(text: &str, offset: usize) -> (usize, usize) {
+    let ahead = text.get(..offset).unwrap_or(text);
+    let line = ahead.rsplit('\n').next().unwrap_or(ahead);
+    (ahead.matches('\n').count() + 1, line.chars().count() + 1)
+}
+
+/// The file's text, if nobody but root can have written it: it decides what runs as root. File and
+/// folder are checked on the open descriptors, so that neither can be exchanged in between.
+fn read(path: &Path) -> Result<String> {
+    let name = path.file_name().context("is not a file's name")?;
+    let dir_path = path
+        .parent()
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let dir = open(dir_path, flags | OFlag::O_DIRECTORY, Mode::empty())
+        .with_context(|| format!("open folder {}", dir_path.display()))?;
+    trusted(&dir, SFlag::S_IFDIR).with_context(|| format!("folder {}", dir_path.display()))?;
+    // O_NONBLOCK: a fifo must not make us wait for its writer.
+    let file = openat(
+        &dir,
+        name,
+        flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK,
+        Mode::empty(),
+    )
+    .map_err(|errno| {
+        anyhow::Error::new(errno).context(match errno {
+            nix::errno::Errno::ENOENT => "there is no such file; write one, see mh-hook.toml(5)",
+            nix::errno::Errno::ELOOP => "is a symbolic link; give the file itself",
+            _ => "open",
+        })
+    })?;
+    let stat = trusted(&file, SFlag::S_IFREG)?;
+    ensure!(
+        u64::try_from(stat.st_size).is_ok_and(|size| size <= MAX_SIZE),
+        "is larger than {MAX_SIZE} bytes"
+    );
+    let mut bytes = Vec::new();
+    File::from(file)
+        .take(MAX_SIZE)
+        .read_to_end(&mut bytes)
+        .context("read")?;
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        let ahead = String::from_utf8_lossy(&error.as_bytes()[..valid]).into_owned();
+        let (line, column) = place(&ahead, valid);
+        anyhow::anyhow!("line {line}, column {column}: is not UTF-8")
+    })
+}
+
+fn trusted(fd: impl AsFd, kind: SFlag) -> Result<FileStat> {
+    let stat = fstat(fd).context("fstat")?;
+    let is = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    ensure!(is == kind, "is not a regular file");
+    ensure!(
+        stat.st_uid == 0,
+        "belongs to user {}, not to root: chown root it",
+        stat.st_uid
+    );
+    ensure!(
+        stat.st_mode & 0o022 == 0,
+        "can be written by others than root (mode {:o}): chmod go-w it",
+        stat.st_mode & 0o7777
+    );
+    Ok(stat)
+}
+
+/// What each message of a missing key starts with.
+const MISSING: &str = "missing ";
+
+/// The message for a key that is valid but whose entries are not built yet. It must not be
+/// taken in silence: its user would rely on it.
+fn not_yet(key: &str) -> String {
+    format!("{key} is not supported yet by this version of mh-hook; remove it")
+}
+
+type Key<'a> = &'a Spanned<std::borrow::Cow<'a, str>>;
+type Value<'a> = &'a Spanned<DeValue<'a>>;
+
+/// Walks the parsed document and collects what is wrong, so that one run shows all of it.
+#[derive(Default)]
+struct Reader {
+    problems: Vec<Problem>,
+}
+
+impl Reader {
+    fn problem(&mut self, span: Range<usize>, message: impl Into<String>) {
+        self.problems.push(Problem {
+            span,
+            message: message.into(),
+        });
+    }
+
+    /// The value, or a problem at its place.
+    fn take<T>(&mut self, span: Range<usize>, value: Result<T>) -> Option<T> {
+        value
+            .map_err(|error| self.problem(span, format!("{error:#}")))
+            .ok()
+    }
+
+    /// A problem for each key that is none of `known`.
+    fn known(&mut self, table: &DeTable, place: &str, known: &[&str]) {
+        for key in table
+            .keys()
+            .filter(|key| !known.contains(&key.get_ref().as_ref()))
+        {
+            let name = key.get_ref();
+            self.problem(
+                key.span(),
+                format!(
+                    "unknown key {name:?} in {place}; there are {}",
+                    known.join(", ")
+                ),
+            );
+        }
+    }
+
+    fn table<'a>(&mut self, root: &'a DeTable<'a>, key: &str) -> Option<&'a DeTable<'a>> {
+        let value = root.get(key)?;
+        let table = value.get_ref().as_table();
+        if table.is_none() {
+            self.problem(value.span(), format!("{key} is a table: [{key}]"));
+        }
+        table
+    }
+
+    fn config(&mut self, root: &DeTable) -> Config {
+        self.known(root, "the file", &["lan", "mark", "priority", "uplink"]);
+        let lan = self.lan(root);
+        let mask = self.mask(root);
+        let priority = self.priority(root);
+        let mut uplinks = BTreeMap::new();
+        let mut places = Vec::new();
+        for (key, value) in self.table(root, "uplink").into_iter().flatten() {
+            let Some(name) = self.take(key.span(), UplinkName::parse(key.get_ref())) else {
+                continue;
+            };
+            let Some(table) = value.get_ref().as_table() else {
+                self.problem(
+                    value.span(),
+                    format!("an uplink is a table: [uplink.{name}]"),
+                );
+                continue;
+            };
+            if let Some(uplink) = self.uplink(key, table, mask) {
+                places.push((name.clone(), key.span()));
+                uplinks.insert(name, uplink);
+            }
+        }
+        if root
+            .get("uplink")
+            .is_some_and(|value| value.get_ref().as_table().is_some_and(|t| !t.is_empty()))
+        {
+            for (key, none) in [
+                ("interfaces", lan.interfaces.is_empty()),
+                ("networks", lan.networks.is_empty()),
+            ] {
+                let written = root
+                    .get("lan")
+                    .and_then(|l| l.get_ref().as_table())
+                    .is_some_and(|l| l.contains_key(key));
+                if none && !written {
+                    let place = root
+                        .get_key_value("lan")
+                        .map_or(0..0, |(key, _)| key.span());
+                    self.problem(
+                        place,
+                        format!("{MISSING}key {key} in [lan]: required once there is an uplink"),
+                    );
+                }
+            }
+        }
+        self.unique(&places, &uplinks, &lan);
+        Config {
+            lan,
+            mask,
+            priority,
+            uplinks,
+        }
+    }
+
+    fn lan(&mut self, root: &DeTable) -> Lan {
+        let Some(table) = self.table(root, "lan") else {
+            return Lan::default();
+        };
+        self.known(table, "[lan]", &["interfaces", "networks"]);
+        let interfaces = self.list(
+            table,
+            "interfaces",
+            "interface names: [\"eth1\"]",
+            IfName::parse,
+        );
+        let networks = self.list(table, "networks", "prefixes: [\"192.168.0.0/24\"]", prefix);
+        Lan {
+            interfaces,
+            networks,
+        }
+    }
+
+    fn mask(&mut self, root: &DeTable) -> u32 {
+        const DEFAULT: u32 = 0xff;
+        let Some(table) = self.table(root, "mark") else {
+            return DEFAULT;
+        };
+        self.known(table, "[mark]", &["mask"]);
+        self.integer(table, "mask", 1..=u32::MAX.into())
+            .unwrap_or(DEFAULT)
+    }
+
+    fn priority(&mut self, root: &DeTable) -> Priority {
+        let mut priority = Priority {
+            local: 98,
+            mark: 99,
+            source: 100,
+        };
+        let Some(table) = self.table(root, "priority") else {
+            return priority;
+        };
+        self.known(table, "[priority]", &["local", "mark", "source", "pin"]);
+        let mut pin = 101;
+        let keys = [
+            ("local", &mut priority.local),
+            ("mark", &mut priority.mark),
+            ("source", &mut priority.source),
+            ("pin", &mut pin),
+        ];
+        for (key, target) in keys {
+            // 0 is the local table's, 32766 main's (ip-rule(8)).
+            if let Some(value) = self.integer(table, key, 1..=32765) {
+                *target = value;
+            }
+        }
+        let Priority {
+            local,
+            mark,
+            source,
+        } = priority;
+        if let Some((key, _)) = table.iter().next()
+            && !(local < mark && mark < source && source < pin)
+        {
+            let message = format!(
+                "priorities must rise in the order local, mark, source, pin; \
+                 they are {local}, {mark}, {source}, {pin}"
+            );
+            self.problem(key.span(), message);
+        }
+        if let Some((key, _)) = table.get_key_value("pin") {
+            self.problem(key.span(), not_yet("pin"));
+        }
+        priority
+    }
+
+    fn uplink(&mut self, name: Key, table: &DeTable, mask: u32) -> Option<Uplink> {
+        let place = format!("[uplink.{}]", name.get_ref());
+        self.known(
+            table,
+            &place,
+            &[
+                "interface",
+                "ipparam",
+                "linkname",
+                "peer",
+                "table",
+                "mark",
+                "masquerade",
+                "hairpin",
+                "clamp-mss",
+                "accept-forward",
+                "pin",
+                "forward",
+            ],
+        );
+        let interface = table.get("interface").and_then(|value| {
+            let name = value
+                .get_ref()
+                .as_str()
+                .context("interface is a name: \"ppp0\"")
+                .and_then(IfName::parse);
+            self.take(value.span(), name)
+        });
+        for key in ["ipparam", "linkname", "peer"] {
+            if let Some(value) = table.get(key) {
+                let text = value.get_ref().as_str();
+                let message = if text
+                    .is_none_or(|text| text.is_empty() || text.chars().any(char::is_control))
+                {
+                    format!("{key} is a string of printable characters")
+                } else {
+                    not_yet(key)
+                };
+                self.problem(value.span(), message);
+            }
+        }
+        if !["interface", "ipparam", "linkname", "peer"]
+            .iter()
+            .any(|key| table.contains_key(*key))
+        {
+            self.problem(
+                name.span(),
+                format!(
+                    "{MISSING}interface in {place}: say which link this is: interface = \"ppp0\""
+                ),
+            );
+        }
+        for key in ["hairpin", "clamp-mss", "accept-forward"] {
+            if let Some(value) = table.get(key)
+                && self.boolean(table, key).is_some()
+            {
+                self.problem(value.span(), not_yet(key));
+            }
+        }
+        if let Some(value) = table.get("pin") {
+            self.list(
+                table,
+                "pin",
+                "LAN sources: [\"192.168.0.2\"]",
+                |text| match text.parse::<Ipv4Addr>() {
+                    Ok(address) => Ok(Ipv4Network::from(address)),
+                    Err(_) => prefix(text),
+                },
+            );
+            self.problem(value.span(), not_yet("pin"));
+        }
+        let masquerade = self.boolean(table, "masquerade").unwrap_or(true);
+        let forwards = self.forwards(table);
+        let id = self.table_id(table);
+        if table.get("table").is_none() {
+            let needs = if table.contains_key("forward") {
+                "forward"
+            } else {
+                "mark"
+            };
+            if let Some((key, _)) = table.get_key_value(needs) {
+                self.problem(
+                    key.span(),
+                    format!("{MISSING}key table in {place}: {needs} needs a routing table of its own: table = 10"),
+                );
+            }
+        }
+        let mark = match table.get("mark") {
+            Some(_) => self.integer(table, "mark", 1..=u32::MAX.into()),
+            None => id.map(|TableId(id)| id),
+        };
+        if let Some(mark) = mark
+            && mark & !mask != 0
+        {
+            let at = table
+                .get("mark")
+                .or(table.get("table"))
+                .map_or(name.span(), Spanned::span);
+            let (low, high) = (1 << mask.trailing_zeros(), mask);
+            self.problem(
+                at,
+                format!("mark {mark} does not fit the mask {mask:#x}: give mark = {low} to {high} within it, or widen [mark] mask"),
+            );
+        }
+        Some(Uplink {
+            interface: interface?,
+            routing: id.zip(mark).map(|(table, value)| Routing {
+                table,
+                mark: FwMark { value, mask },
+            }),
+            masquerade,
+            forwards,
+        })
+    }
+
+    fn table_id(&mut self, table: &DeTable) -> Option<TableId> {
+        let id: u32 = self.integer(table, "table", 1..=0x7fff_ffff)?;
+        if (253..=255).contains(&id) {
+            let span = table.get("table").map_or(0..0, Spanned::span);
+            self.problem(
+                span,
+                format!(
+                    "table {id} is the system's (default, main, local): use 1 to 252, or above 255"
+                ),
+            );
+            return None;
+        }
+        Some(TableId(id))
+    }
+
+    fn forwards(&mut self, table: &DeTable) -> Vec<Forward> {
+        let Some(value) = table.get("forward") else {
+            return Vec::new();
+        };
+        let example = "forward is a list of tables: [{ port = 80, to = \"192.168.0.2\" }]";
+        let Some(items) = value.get_ref().as_array() else {
+            self.problem(value.span(), example);
+            return Vec::new();
+        };
+        let mut forwards: Vec<(Forward, Range<usize>)> = Vec::new();
+        for item in items.iter() {
+            let Some(table) = item.get_ref().as_table() else {
+                self.problem(item.span(), example);
+                continue;
+            };
+            let Some(forward) = self.forward(item, table) else {
+                continue;
+            };
+            if let Some((earlier, _)) = forwards
+                .iter()
+                .find(|(earlier, _)| overlap(earlier, &forward))
+            {
+                self.problem(
+                    item.span(),
+                    format!(
+                        "overlaps the forward of {}/{} above it",
+                        earlier.protocol,
+                        ports(&earlier.ports)
+                    ),
+                );
+            }
+            forwards.push((forward, item.span()));
+        }
+        forwards.into_iter().map(|(forward, _)| forward).collect()
+    }
+
+    fn forward(&mut self, item: Value, table: &DeTable) -> Option<Forward> {
+        self.known(table, "a forward", &["proto", "port", "to", "from"]);
+        let protocol = match table.get("proto") {
+            None => Some(Protocol::Tcp),
+            Some(value) => self.protocol(value),
+        };
+        let ports = match table.get("port") {
+            Some(value) => self.take(value.span(), port_range(value.get_ref())),
+            None => {
+                self.problem(
+                    item.span(),
+                    format!("{MISSING}port: {}", not_yet("a forward of all ports")),
+                );
+                None
+            }
+        };
+        let to = match table.get("to") {
+            Some(value) => self.take(value.span(), target(value.get_ref())),
+            None => {
+                self.problem(
+                    item.span(),
+                    format!("{MISSING}to: the LAN host: to = \"192.168.0.2\""),
+                );
+                None
+            }
+        };
+        let from = self.list(
+            table,
+            "from",
+            "source prefixes: [\"198.51.100.0/24\"]",
+            prefix,
+        );
+        if let Some(value) = table.get("from")
+            && value
+                .get_ref()
+                .as_array()
+                .is_some_and(|list| list.is_empty())
+        {
+            self.problem(
+                value.span(),
+                "an empty from lets nobody in; leave it out to let everybody in",
+            );
+        }
+        let (protocol, ports, (to, to_port)) = (protocol?, ports?, to?);
+        if to_port.is_some() && ports.start() != ports.end() {
+            let span = table.get("to").map_or(item.span(), Spanned::span);
+            self.problem(span, "a range keeps its ports: give to an address alone");
+        }
+        Some(Forward {
+            protocol,
+            ports,
+            to,
+            to_port,
+            from,
+        })
+    }
+
+    fn protocol(&mut self, value: Value) -> Option<Protocol> {
+        let single = std::slice::from_ref(value);
+        let names = value
+            .get_ref()
+            .as_array()
+            .map_or(single, |list| list.as_ref());
+        let mut found = None;
+        for name in names {
+            let message = match name.get_ref().as_str() {
+                Some("tcp") => { found = Some(Protocol::Tcp); continue }
+                Some("udp") => { found = Some(Protocol::Udp); continue }
+                Some(other @ ("sctp" | "gre" | "esp" | "icmp" | "any")) => not_yet(&format!("proto {other:?}")),
+                _ => "proto is one of \"tcp\", \"udp\", \"sctp\", \"gre\", \"esp\", \"icmp\", \"any\", or a list".into(),
+            };
+            self.problem(name.span(), message);
+        }
+        if names.is_empty() {
+            self.problem(value.span(), "proto is an empty list: leave it out for tcp");
+        } else if value.get_ref().is_array() {
+            self.problem(value.span(), not_yet("a list of protocols"));
+        }
+        found
+    }
+
+    /// A list of strings, each parsed; a problem for each that is not, and for doubles.
+    fn list<T: PartialEq>(
+        &mut self,
+        table: &DeTable,
+        key: &str,
+        what: &str,
+        parse: fn(&str) -> Result<T>,
+    ) -> Vec<T> {
+        let Some(value) = table.get(key) else {
+            return Vec::new();
+        };
+        let Some(items) = value.get_ref().as_array() else {
+            self.problem(value.span(), format!("{key} is a list of {what}"));
+            return Vec::new();
+        };
+        let mut list = Vec::new();
+        for item in items.iter() {
+            let parsed = item
+                .get_ref()
+                .as_str()
+                .with_context(|| format!("{key} is a list of {what}"))
+                .and_then(parse);
+            let Some(parsed) = self.take(item.span(), parsed) else {
+                continue;
+            };
+            if list.contains(&parsed) {
+                self.problem(item.span(), format!("stands twice in {key}"));
+            }
+            list.push(parsed);
+        }
+        list
+    }
+
+    fn boolean(&mut self, table: &DeTable, key: &str) -> Option<bool> {
+        let value = table.get(key)?;
+        let boolean = value.get_ref().as_bool();
+        if boolean.is_none() {
+            self.problem(value.span(), format!("{key} is true or false"));
+        }
+        boolean
+    }
+
+    fn integer(&mut self, table: &DeTable, key: &str, range: RangeInclusive<u64>) -> Option<u32> {
+        let value = table.get(key)?;
+        let integer = number(value.get_ref()).filter(|number| range.contains(number));
+        if integer.is_none() {
+            self.problem(
+                value.span(),
+                format!(
+                    "{key} is a whole number from {} to {}",
+                    range.start(),
+                    range.end()
+                ),
+            );
+        }
+        integer.and_then(|number| u32::try_from(number).ok())
+    }
+
+    /// Tables, marks and interfaces must tell uplinks apart.
+    fn unique(
+        &mut self,
+        places: &[(UplinkName, Range<usize>)],
+        uplinks: &BTreeMap<UplinkName, Uplink>,
+        lan: &Lan,
+    ) {
+        for (index, (name, span)) in places.iter().enumerate() {
+            let uplink = &uplinks[name];
+            if lan.interfaces.contains(&uplink.interface) {
+                self.problem(
+                    span.clone(),
+                    format!(
+                        "interface {} of {name} is one of [lan] interfaces too",
+                        uplink.interface
+                    ),
+                );
+            }
+            for (earlier, _) in &places[..index] {
+                let other = &uplinks[earlier];
+                if uplink.interface == other.interface {
+                    self.problem(
+                        span.clone(),
+                        format!(
+                            "{earlier} and {name} both match interface {}",
+                            uplink.interface
+                        ),
+                    );
+                }
+                let (Some(ours), Some(theirs)) = (&uplink.routing, &other.routing) else {
+                    continue;
+                };
+                if ours.table == theirs.table {
+                    self.problem(
+                        span.clone(),
+                        format!("{earlier} and {name} both have table {}", ours.table),
+                    );
+                }
+                if ours.mark == theirs.mark {
+                    self.problem(
+                        span.clone(),
+                        format!("{earlier} and {name} both have mark {}", ours.mark.value),
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// A prefix with its length and without host bits: ipnetwork itself takes both.
+fn prefix(text: &str) -> Result<Ipv4Network> {
+    let network: Ipv4Network = text
+        .parse()
+        .ok()
+        .filter(|_| text.contains('/'))
+        .with_context(|| format!("{text:?} is not an IPv4 prefix such as \"192.168.0.0/24\""))?;
+    ensure!(
+        network.prefix() > 0,
+        "{text:?} is every address; name the prefixes that are meant"
+    );
+    ensure!(
+        network.ip() == network.network(),
+        "{text:?} has bits behind its prefix; write {}/{}",
+        network.network(),
+        network.prefix()
+    );
+    Ok(network)
+}
+
+fn number(value: &DeValue) -> Option<u64> {
+    let integer = value.as_integer()?;
+    u64::from_str_radix(integer.as_str().trim_start_matches('+'), integer.radix()).ok()
+}
+
+fn port_range(value: &DeValue) -> Result<RangeInclusive<u16>> {
+    let what = "port is one port (80) or a range (\"27015-27030\"), from 1 to 65535";
+    let port = |text: &str| {
+        text.parse::<u16>()
+            .ok()
+            .filter(|port| *port > 0 && text.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    let range = match value {
+        DeValue::Integer(_) => number(value)
+            .and_then(|n| u16::try_from(n).ok())
+            .filter(|n| *n > 0)
+            .map(|n| n..=n),
+        DeValue::String(text) => match text.split_once('-') {
+            Some((first, last)) => port(first)
+                .zip(port(last))
+                .map(|(first, last)| first..=last),
+            None => port(text).map(|port| port..=port),
+        },
+        _ => None,
+    };
+    let range = range.context(what)?;
+    ensure!(!range.is_empty(), "the range ends before it begins: {what}");
+    Ok(range)
+}
+
+fn target(value: &DeValue) -> Result<(Ipv4Addr, Option<u16>)> {
+    let what = "to is a LAN host's address, or address:port: \"192.168.0.2:22\"";
+    let text = value.as_str().context(what)?;
+    let (address, port) = match text.split_once(':') {
+        Some((address, port)) => (
+            address,
+            Some(
+                port.parse::<u16>()
+                    .ok()
+                    .filter(|port| *port > 0)
+                    .context(what)?,
+            ),
+        ),
+        None => (text, None),
+    };
+    let address = address.parse().ok().context(what)?;
+    check_local(address, &[])
+        .map_err(|_| anyhow::anyhow!("{address} can't be a host's address: {what}"))?;
+    Ok((address, port))
+}
+
+fn ports(range: &RangeInclusive<u16>) -> String {
+    if range.start() == range.end() {
+        range.start().to_string()
+    } else {
+        format!("{}-{}", range.start(), range.end())
+    }
+}
+
+/// Whether some packet fits both, so that the order would decide. A forward that some sources have
+/// to themselves may stand ahead of the same ports for everybody.
+fn overlap(earlier: &Forward, later: &Forward) -> bool {
+    let ports =
+        earlier.ports.start() <= later.ports.end() && later.ports.start() <= earlier.ports.end();
+    let sources = if earlier.from.is_empty() || later.from.is_empty() {
+        earlier.from.is_empty()
+    } else {
+        earlier
+            .from
+            .iter()
+            .any(|a| later.from.iter().any(|b| a.overlaps(*b)))
+    };
+    earlier.protocol == later.protocol && ports && sources
+}

@@ -1,0 +1,184 @@
+//! The language of `ip`, both directions: listing to state, state to `ip -batch` lines.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use anyhow::{Context, Result};
+
+use crate::state::{FwMark, PROTOCOL, Route, RouteRule, TableId};
+
+/// What asks for all of ours at once, for `ip -4 -N -batch -`. In a batch a table that does not
+/// exist is an empty answer; alone it would be an error.
+pub const QUESTIONS: &str = "rule show\nroute show table all protocol 109\n";
+
+/// Our routes and rules among the answers to [`QUESTIONS`]. `ip rule` has no filter by protocol
+/// that works in every iproute2, so the rules of others come along and are passed over.
+///
+/// # Errors
+/// An answer that is not of the form that iproute2 prints.
+pub fn parse(listing: &str) -> Result<(BTreeSet<Route>, BTreeSet<RouteRule>)> {
+    let (mut routes, mut rules) = (BTreeSet::new(), BTreeSet::new());
+    for line in listing.lines().filter(|line| !line.trim().is_empty()) {
+        let context = || format!("read what ip lists: {line:?}");
+        // `98:<tab>from …` is a rule; a route starts with its destination or kind.
+        match line.split_once(":\t") {
+            Some((priority, rest)) => {
+                rules.extend(route_rule(priority, rest).with_context(context)?)
+            }
+            None => drop(routes.insert(route(line).with_context(context)?)),
+        }
+    }
+    Ok((routes, rules))
+}
+
+/// `from 203.0.113.10 lookup 254 suppress_prefixlength 0 proto 109`
+fn route_rule(priority: &str, text: &str) -> Result<Option<RouteRule>> {
+    let mut rule = RouteRule::new(priority.parse()?, TableId(0));
+    let mut ours = false;
+    let mut words = text.split_ascii_whitespace();
+    while let Some(word) = words.next() {
+        let mut value = || {
+            words
+                .next()
+                .with_context(|| format!("{word} without a value"))
+        };
+        match word {
+            "from" => rule.from = Some(value()?.to_owned()).filter(|from| from != "all"),
+            "iif" => rule.iif = Some(value()?.to_owned()),
+            // Said of an interface that does not exist now.
+            "[detached]" => {}
+            "fwmark" => rule.fwmark = Some(fwmark(value()?)?),
+            "lookup" => rule.table = TableId(value()?.parse()?),
+            "suppress_prefixlength" => rule.suppress_prefixlength = Some(value()?.parse()?),
+            "proto" => ours = value()?.parse() == Ok(PROTOCOL),
+            _ => rule.rest.push(word.to_owned()),
+        }
+    }
+    Ok(ours.then_some(rule))
+}
+
+/// `default dev ppp0 table 10 scope 253` or, its kind as a number, `7 default table 10 metric 4278198272`
+fn route(text: &str) -> Result<Route> {
+    let mut words = text.split_ascii_whitespace();
+    let first = words.next().unwrap_or_default();
+    // RTN_* of linux/rtnetlink.h; `ip -N` prints the number.
+    let kind = match first {
+        "1" | "unicast" => Some(None),
+        "6" | "blackhole" => Some(Some("blackhole")),
+        "7" | "unreachable" => Some(Some("unreachable")),
+        "8" | "prohibit" => Some(Some("prohibit")),
+        "9" | "throw" => Some(Some("throw")),
+        _ => None,
+    };
+    let destination = if kind.is_some() {
+        words.next().context("no destination")?
+    } else {
+        first
+    };
+    let mut route = Route {
+        table: TableId::MAIN,
+        metric: 0,
+        kind: kind.flatten().map(str::to_owned),
+        destination: destination.to_owned(),
+        dev: None,
+        rest: Vec::new(),
+    };
+    while let Some(word) = words.next() {
+        let mut value = || {
+            words
+                .next()
+                .with_context(|| format!("{word} without a value"))
+        };
+        match word {
+            "dev" => route.dev = Some(value()?.to_owned()),
+            "table" => route.table = TableId(value()?.parse()?),
+            "metric" => route.metric = value()?.parse()?,
+            // Both follow from what we write; the flags follow from the link's state.
+            "scope" | "proto" => drop(value()?),
+            "linkdown" | "dead" | "onlink" | "offload" | "trap" => {}
+            _ => route.rest.push(word.to_owned()),
+        }
+    }
+    Ok(route)
+}
+
+/// `0xa/0xff`, or `0xa` where the mask is full.
+fn fwmark(text: &str) -> Result<FwMark> {
+    let number = |text: &str| match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    let Some((value, mask)) = text.split_once('/') else {
+        return Ok(FwMark {
+            value: number(text)?,
+            mask: u32::MAX,
+        });
+    };
+    Ok(FwMark {
+        value: number(value)?,
+        mask: number(mask)?,
+    })
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(kind) = &self.kind {
+            write!(f, "{kind} ")?;
+        }
+        f.write_str(&self.destination)?;
+        for word in &self.rest {
+            write!(f, " {word}")?;
+        }
+        if let Some(dev) = &self.dev {
+            write!(f, " dev {dev}")?;
+        }
+        if self.metric != 0 {
+            write!(f, " metric {}", self.metric)?;
+        }
+        write!(f, " table {} protocol {PROTOCOL}", self.table)
+    }
+}
+
+impl fmt::Display for RouteRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // `rule del` takes what is not named for a wildcard (ip-rule(8)), so all is named.
+        write!(f, "priority {}", self.priority)?;
+        for word in &self.rest {
+            write!(f, " {word}")?;
+        }
+        write!(f, " from {}", self.from.as_deref().unwrap_or("all"))?;
+        if let Some(iif) = &self.iif {
+            write!(f, " iif {iif}")?;
+        }
+        if let Some(fwmark) = &self.fwmark {
+            write!(f, " fwmark {fwmark}")?;
+        }
+        if self.table != TableId(0) {
+            write!(f, " lookup {}", self.table)?;
+        }
+        if let Some(length) = self.suppress_prefixlength {
+            write!(f, " suppress_prefixlength {length}")?;
+        }
+        write!(f, " protocol {PROTOCOL}")
+    }
+}
+
+/// The batch lines that failed, numbered from 1, each with ip's words ahead of it. Words that no
+/// line follows belong to line 0.
+pub fn failures(stderr: &str) -> Vec<(usize, String)> {
+    let mut failures = Vec::new();
+    let mut words = Vec::new();
+    for line in stderr.lines() {
+        match line
+            .strip_prefix("Command failed -:")
+            .and_then(|number| number.trim().parse().ok())
+        {
+            Some(number) => failures.push((number, std::mem::take(&mut words).join(" "))),
+            None => words.push(line.trim()),
+        }
+    }
+    if !words.is_empty() {
+        failures.push((0, words.join(" ")));
+    }
+    failures
+}

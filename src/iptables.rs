@@ -1,0 +1,202 @@
+//! The language of iptables, both directions: iptables-save to state, steps to iptables-restore.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use anyhow::{Context, Result};
+
+use crate::plan::{Change, Step};
+use crate::state::{FwMark, Loose, PREFIX, Rulespec, Share, Table, UplinkName};
+
+/// Our shares of the tables in what iptables-save prints.
+///
+/// # Errors
+/// It is not of the form that iptables-save prints, or is cut off.
+pub fn parse(save: &str) -> Result<BTreeMap<(Table, UplinkName), Share>> {
+    let mut shares: BTreeMap<(Table, UplinkName), Share> = BTreeMap::new();
+    let mut table = None;
+    let mut committed = true;
+    for line in save.lines() {
+        if let Some(name) = line.strip_prefix('*') {
+            (table, committed) = (Table::parse(name), false);
+        } else if line == "COMMIT" {
+            committed = true;
+        } else if let Some(table) = table
+            && line.contains(PREFIX)
+        {
+            // Only lines that could be ours are taken apart: there may be 10,000 others.
+            entry(line, table, &mut shares)
+                .with_context(|| format!("read what iptables-save prints: {line:?}"))?;
+        }
+    }
+    anyhow::ensure!(committed, "iptables-save ended in the middle of a table");
+    Ok(shares)
+}
+
+fn entry(
+    line: &str,
+    table: Table,
+    shares: &mut BTreeMap<(Table, UplinkName), Share>,
+) -> Result<()> {
+    if let Some(declared) = line.strip_prefix(':') {
+        let chain = declared.split(' ').next().unwrap_or_default();
+        if let Some(uplink) = UplinkName::from_chain(chain).filter(|uplink| uplink.chain() == chain)
+        {
+            shares
+                .entry((table, uplink))
+                .or_default()
+                .chain
+                .get_or_insert_default();
+        }
+        return Ok(());
+    }
+    let Some(rest) = line.strip_prefix("-A ") else {
+        return Ok(());
+    };
+    let (chain, spec) = rest.split_once(' ').unwrap_or((rest, ""));
+    if let Some(uplink) = UplinkName::from_chain(chain)
+        && let Some(rules) = shares
+            .get_mut(&(table, uplink))
+            .and_then(|share| share.chain.as_mut())
+    {
+        rules.push(Rulespec(join(&words(spec)?)));
+        return Ok(());
+    }
+    let words = words(spec)?;
+    let owner = words.windows(2).find_map(|pair| match pair[0].as_str() {
+        "-j" | "-g" | "--comment" => UplinkName::from_chain(&pair[1]),
+        _ => None,
+    });
+    if let Some(uplink) = owner {
+        let entry = (chain.to_owned(), Rulespec(join(&words)));
+        shares
+            .entry((table, uplink))
+            .or_default()
+            .entries
+            .push(entry);
+    }
+    Ok(())
+}
+
+/// The words of a rule: iptables-save puts words with other than plain characters in double quotes
+/// and escapes quotes and backslashes in them (`xtables_save_string`, libxtables/xtables.c).
+pub fn words(text: &str) -> Result<Vec<String>> {
+    let mut words = Vec::new();
+    let mut chars = text.chars().peekable();
+    while chars.next_if(|c| *c == ' ').is_some() || chars.peek().is_some() {
+        let mut word = String::new();
+        let quoted = chars.next_if_eq(&'"').is_some();
+        loop {
+            match chars.next() {
+                Some('"') if quoted => break,
+                Some('\\') if quoted => word.extend(chars.next()),
+                Some(' ') | None if !quoted => break,
+                Some(c) => word.push(c),
+                None => anyhow::bail!("a quote is not closed"),
+            }
+        }
+        if quoted || !word.is_empty() {
+            words.push(word);
+        }
+    }
+    Ok(words)
+}
+
+/// The words as one rule, in the form that iptables-restore takes.
+pub fn join(words: &[String]) -> String {
+    let mut text = String::new();
+    for word in words {
+        if !text.is_empty() {
+            text.push(' ');
+        }
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=!+@%".contains(c);
+        if !word.is_empty() && word.chars().all(plain) {
+            text.push_str(word);
+        } else {
+            text.push('"');
+            for c in word.chars() {
+                if matches!(c, '"' | '\\' | '\'') {
+                    text.push('\\');
+                }
+                text.push(c);
+            }
+            text.push('"');
+        }
+    }
+    text
+}
+
+/// The value of the word behind `option`.
+fn option<'a>(spec: &'a Rulespec, option: &str) -> Option<&'a str> {
+    let mut words = spec.0.split(' ');
+    words.find(|word| *word == option)?;
+    words.next()
+}
+
+/// The mark that a rule of ours sets on connections.
+pub fn connmark(spec: &Rulespec) -> Option<FwMark> {
+    let (value, mask) = option(spec, "--set-xmark")?.split_once('/')?;
+    let number = |text: &str| u32::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+    Some(FwMark {
+        value: number(value)?,
+        mask: number(mask)?,
+    })
+}
+
+/// The interface of the uplink that an entry of ours belongs to: of the jump to its chain, and of
+/// its masquerade.
+pub fn interface(spec: &Rulespec) -> Option<&str> {
+    match option(spec, "-j")? {
+        "MASQUERADE" => option(spec, "-o"),
+        target if target.starts_with(PREFIX) => option(spec, "-i"),
+        _ => None,
+    }
+}
+
+/// The rule without a target that keeps, in the uplink's mangle chain, the value that rp_filter had:
+/// the kernel forgets it when it forgets our entries, as a file would not.
+///
+/// `-A mh-isp0 -m comment --comment "mh-isp0 rp_filter was 1"`
+pub fn loose_note(loose: &Loose) -> Rulespec {
+    let text = format!("{}{NOTE}{}", loose.uplink.chain(), loose.before);
+    Rulespec(join(
+        &["-m", "comment", "--comment", &text].map(str::to_owned),
+    ))
+}
+
+/// The value in a note that [`loose_note`] wrote.
+pub fn parse_loose_note(spec: &Rulespec) -> Option<u8> {
+    let (_, value) = spec.0.strip_suffix('"')?.split_once(NOTE)?;
+    value.parse().ok().filter(|value| *value <= 2)
+}
+
+const NOTE: &str = " rp_filter was ";
+
+/// The lines for iptables-restore that carry out a step on a table.
+pub fn restore_lines(step: &Step, out: &mut String) {
+    // Writing to a String can't fail.
+    let _ = match step {
+        Step::Entry(Change::Add, _, chain, spec) => writeln!(out, "-A {chain} {}", spec.0),
+        Step::Entry(_, _, chain, spec) => writeln!(out, "-D {chain} {}", spec.0),
+        Step::Chain {
+            uplink,
+            before,
+            after,
+            ..
+        } => {
+            let chain = uplink.chain();
+            match after {
+                // Declaring a chain makes it, and empties one that is there.
+                Some(rules) => {
+                    let _ = writeln!(out, ":{chain} - [0:0]");
+                    rules
+                        .iter()
+                        .try_for_each(|spec| writeln!(out, "-A {chain} {}", spec.0))
+                }
+                None if before.is_some() => writeln!(out, "-F {chain}\n-X {chain}"),
+                None => Ok(()),
+            }
+        }
+        Step::Route(..) | Step::RouteRule(..) | Step::RpFilter { .. } => Ok(()),
+    };
+}

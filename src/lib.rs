@@ -1,0 +1,27 @@
+//! mh-hook: multi-homing for a router with several PPPoE links.
+//!
+//! The flow of data, one noun a file:
+//!
+//! ```text
+//! pppd ─▶ event ─┐
+//!                ├─▶ desired ─┐
+//! file ─▶ config ┘            ├─▶ plan ─▶ apply
+//! kernel ─▶ link, observed ───┘
+//! ```
+//!
+//! `converge` turns that wheel under the `lock` until the kernel holds what it should.
+
+pub mod apply;
+pub mod command;
+pub mod config;
+pub mod converge;
+pub mod desired;
+pub mod event;
+pub mod ip;
+pub mod iptables;
+pub mod link;
+pub mod lock;
+pub mod log;
+pub mod observed;
+pub mod plan;
+pub mod state;

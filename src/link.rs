@@ -1,0 +1,83 @@
+//! What the kernel says of an interface now: up or not, its addresses, its reverse path filter.
+//! Read without a process of its own, so that it can be read again after applying.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::net::Ipv4Addr;
+
+use anyhow::{Context, Result};
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
+
+use crate::state::IfName;
+
+/// An interface that exists.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    /// `IFF_UP`: pppd sets it when IPCP is through and clears it when the link ends (`sifup`,
+    /// `sifdown` in pppd's sys-linux.c).
+    pub up: bool,
+    /// Its IPv4 addresses, in the kernel's order.
+    pub addresses: Vec<Ipv4Addr>,
+}
+
+impl Link {
+    /// The interface as it is, or none.
+    ///
+    /// # Errors
+    /// The kernel can't be asked.
+    pub fn read(interface: &IfName) -> Result<Option<Self>> {
+        let mut link = None;
+        for entry in getifaddrs().context("list interfaces (getifaddrs)")? {
+            // An address carries its label, which can be NAME:ALIAS (ip-address(8), label).
+            if entry.interface_name.split(':').next() != Some(interface.as_str()) {
+                continue;
+            }
+            let link: &mut Self = link.get_or_insert_default();
+            link.up |= entry.flags.contains(InterfaceFlags::IFF_UP);
+            if let Some(address) = entry
+                .address
+                .as_ref()
+                .and_then(|address| address.as_sockaddr_in())
+            {
+                link.addresses.push(address.ip());
+            }
+        }
+        Ok(link)
+    }
+
+    /// The address that entries should be for, if the link can carry traffic: the first of
+    /// `preferred` that it has, else its first.
+    pub fn address(&self, preferred: impl IntoIterator<Item = Ipv4Addr>) -> Option<Ipv4Addr> {
+        if !self.up {
+            return None;
+        }
+        let wanted = preferred
+            .into_iter()
+            .find(|address| self.addresses.contains(address));
+        wanted.or(self.addresses.first().copied())
+    }
+}
+
+/// `rp_filter` of an interface, or of `all`: 0 off, 1 strict, 2 loose; none where there is no
+/// such interface (Documentation/networking/ip-sysctl.rst).
+///
+/// # Errors
+/// It is there and can't be read.
+pub fn rp_filter(interface: &str) -> Result<Option<u8>> {
+    let path = rp_filter_path(interface);
+    match fs::read_to_string(&path) {
+        Ok(text) => Ok(Some(
+            text.trim()
+                .parse()
+                .with_context(|| format!("read {path}: {text:?}"))?,
+        )),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("read {path}")),
+    }
+}
+
+/// The file of that value. An interface's name may hold dots but no slash.
+pub fn rp_filter_path(interface: &str) -> String {
+    format!("/proc/sys/net/ipv4/conf/{interface}/rp_filter")
+}
