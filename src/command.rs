@@ -30,7 +30,18 @@ pub struct Tools {
     ip: PathBuf,
     save: PathBuf,
     restore: PathBuf,
+    /// Which of the two iptables-save is, by way of /etc/alternatives.
+    pub backend: Backend,
     deadline: Instant,
+}
+
+/// The two ways in which iptables works, both at the same time in the same kernel (xtables-nft(8)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// By nf_tables.
+    Nft,
+    /// By ip_tables.
+    Legacy,
 }
 
 /// What a tool that ran to its end said.
@@ -59,10 +70,20 @@ impl Tools {
     /// # Errors
     /// Names the one that is missing and the package that has it.
     pub fn find(deadline: Instant) -> Result<Self> {
+        let save = find("iptables-save", "iptables")?;
+        let real_path = save
+            .canonicalize()
+            .with_context(|| format!("follow {}", save.display()))?;
+        let is_legacy = real_path.to_string_lossy().contains("legacy");
         Ok(Self {
             ip: find("ip", "iproute2")?,
-            save: find("iptables-save", "iptables")?,
+            save,
             restore: find("iptables-restore", "iptables")?,
+            backend: if is_legacy {
+                Backend::Legacy
+            } else {
+                Backend::Nft
+            },
             deadline,
         })
     }
@@ -106,6 +127,23 @@ impl Tools {
             output.failure()
         );
         Ok(output.stdout)
+    }
+
+    /// All rules that stand in the backend that is not in use, where its tool is installed.
+    ///
+    /// # Errors
+    /// It can't be run or fails.
+    pub fn other_iptables_save(&self) -> Result<Option<String>> {
+        let other = match self.backend {
+            Backend::Legacy => "iptables-nft-save",
+            Backend::Nft => "iptables-legacy-save",
+        };
+        let Ok(path) = find(other, "iptables") else {
+            return Ok(None);
+        };
+        let output = self.run(&path, &[], "")?;
+        ensure!(output.status.success(), "{other}: {}", output.failure());
+        Ok(Some(output.stdout))
     }
 
     /// Changes tables, each in one transaction. The lock of the legacy backend is waited for.

@@ -7,11 +7,11 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use log::{debug, info, warn};
+use log::{Level, debug, info, log_enabled, warn};
 use nix::unistd::geteuid;
 
 use crate::apply::{Outcome, apply};
-use crate::command::{OnError, Tools};
+use crate::command::{Backend, OnError, Tools};
 use crate::config::{Config, Uplink};
 use crate::desired::{Up, desired};
 use crate::event::Event;
@@ -31,7 +31,7 @@ const LOCK_LIMIT: Duration = Duration::from_secs(16);
 const ROUNDS: usize = 6;
 
 /// What is asked.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub enum Request {
     /// By hand: this interface is up.
     Up {
@@ -99,6 +99,10 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         Mode::Apply => Some(Lock::take(started + LOCK_LIMIT)?),
         Mode::DryRun => None,
     };
+    // A file tells whether legacy has anything; asking nft would cost each call a process.
+    if *request == Request::Sync || tools.backend == Backend::Nft && observed::legacy_tables() {
+        warn_of_elsewhere(&tools);
+    }
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
     for _ in 0..ROUNDS {
@@ -106,6 +110,14 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         let looks = look(request, config, &observed)?;
         let wanted = wanted(request, config, &observed, &looks)?;
         let steps = plan(&observed, &wanted);
+        if log_enabled!(Level::Debug) {
+            let standing = plan(&State::default(), &wanted)
+                .into_iter()
+                .filter(|step| !steps.contains(step));
+            standing
+                .flat_map(|step| step.changes())
+                .for_each(|(_, command)| debug!("already there: {command}"));
+        }
         if mode == Mode::DryRun {
             return print(&steps);
         }
@@ -143,6 +155,20 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         );
     }
     Err(all(total.errors))
+}
+
+/// Says it when entries of ours stand in the other backend of iptables. That is no failure of this call.
+fn warn_of_elsewhere(tools: &Tools) {
+    match observed::elsewhere(tools) {
+        Ok(uplinks) => uplinks.iter().for_each(|uplink| {
+            warn!(
+                "entries of {uplink} stand in the other backend of iptables too (iptables-legacy or iptables-nft): \
+                 delete those in and to the chains {}",
+                uplink.chain()
+            );
+        }),
+        Err(error) => debug!("the other backend of iptables: {error:#}"),
+    }
 }
 
 /// Which uplinks are in question, and how each one's link is now.

@@ -52,6 +52,27 @@ fn interfaces(share: &Share) -> impl Iterator<Item = IfName> {
     names.filter_map(|name| IfName::parse(name).ok())
 }
 
+/// The uplinks that have entries in the backend of iptables that is not in use: they work on
+/// packets all the same, until that backend's tools remove them.
+///
+/// # Errors
+/// The other tool fails, or says what can't be read.
+pub fn elsewhere(tools: &Tools) -> Result<BTreeSet<UplinkName>> {
+    let Some(save) = tools.other_iptables_save()? else {
+        return Ok(BTreeSet::new());
+    };
+    Ok(iptables::parse(&save)?
+        .into_keys()
+        .map(|(_, uplink)| uplink)
+        .collect())
+}
+
+/// Whether the legacy backend has any table: without asking its tool, which would make some.
+pub fn legacy_tables() -> bool {
+    // One name a line, empty without any; missing where the kernel has no legacy backend.
+    std::fs::read("/proc/net/ip_tables_names").is_ok_and(|names| !names.is_empty())
+}
+
 /// Which uplink the entries in a routing table belong to. The configuration comes first; for a
 /// table that it does not name, the kernel tells: the chain of an uplink sets a mark, a rule sends
 /// that mark to a table, and a route in a table names the interface of an uplink's jump.
