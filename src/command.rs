@@ -70,13 +70,14 @@ impl Tools {
     /// # Errors
     /// Names the one that is missing and the package that has it.
     pub fn find(deadline: Instant) -> Result<Self> {
+        let ip = find("ip", "iproute2")?;
         let save = find("iptables-save", "iptables")?;
         let real_path = save
             .canonicalize()
             .with_context(|| format!("follow {}", save.display()))?;
         let is_legacy = real_path.to_string_lossy().contains("legacy");
         Ok(Self {
-            ip: find("ip", "iproute2")?,
+            ip,
             save,
             restore: find("iptables-restore", "iptables")?,
             backend: if is_legacy {

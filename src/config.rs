@@ -271,6 +271,9 @@ fn trusted(fd: impl AsFd, kind: SFlag) -> Result<FileStat> {
     Ok(stat)
 }
 
+/// Between those of the local table and of main (`ip-rule(8)`).
+const PRIORITIES: RangeInclusive<u64> = 1..=32765;
+
 /// What each message of a missing key starts with.
 const MISSING: &str = "missing ";
 
@@ -423,16 +426,13 @@ impl Reader {
             return priority;
         };
         self.known(table, "[priority]", &["local", "mark", "source", "pin"]);
-        let mut pin = 101;
         let keys = [
             ("local", &mut priority.local),
             ("mark", &mut priority.mark),
             ("source", &mut priority.source),
-            ("pin", &mut pin),
         ];
         for (key, target) in keys {
-            // 0 is the local table's, 32766 main's (ip-rule(8)).
-            if let Some(value) = self.integer(table, key, 1..=32765) {
+            if let Some(value) = self.integer(table, key, PRIORITIES) {
                 *target = value;
             }
         }
@@ -442,15 +442,16 @@ impl Reader {
             source,
         } = priority;
         if let Some((key, _)) = table.iter().next()
-            && !(local < mark && mark < source && source < pin)
+            && !(local < mark && mark < source)
         {
             let message = format!(
-                "priorities must rise in the order local, mark, source, pin; \
-                 they are {local}, {mark}, {source}, {pin}"
+                "priorities must rise in the order local, mark, source; they are {local}, {mark}, {source}"
             );
             self.problem(key.span(), message);
         }
-        if let Some((key, _)) = table.get_key_value("pin") {
+        if self.integer(table, "pin", PRIORITIES).is_some()
+            && let Some((key, _)) = table.get_key_value("pin")
+        {
             self.problem(key.span(), not_yet("pin"));
         }
         priority

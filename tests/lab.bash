@@ -1,0 +1,378 @@
+# shellcheck shell=bash
+# The lab: a router with two links, its LAN, two ISPs and a client, each in a network namespace of its own.
+# Source this file, then lab_isolate; nothing in here touches the machine it runs on.
+#
+#                                                                          ┌─ server  192.168.0.2
+#            ┌─ isp0 ── ppp0 203.0.113.10  ─┐                              │
+#   client ──┤                              ├── router ── eth1 ─── lan ────┤
+#            └─ isp1 ── ppp1 198.51.100.20 ─┘          192.168.0.1         │
+#   192.0.2.9                (default route)                               └─ lanhost 192.168.0.3
+#   192.0.2.77
+#
+# lab_net builds everything but the links, lab_links plugs in ppp0 and ppp1, lab_serve starts the services.
+
+LAB_REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+LAB_NAMESPACES=(router isp0 isp1 client lan server lanhost)
+
+lab_die() {
+    echo "lab: $*" >&2
+    exit 2
+}
+
+in_ns() { ip netns exec "$@"; }
+
+## The room: private namespaces and folders, gone with the script
+
+# Restarts the calling script where it can do no harm. --kill-child: kill -9 of the script ends its every process.
+lab_isolate() {
+    local outside
+    outside=$(readlink /proc/self/ns/net)
+    if [[ ${LAB_OUTSIDE:-$outside} == "$outside" ]]; then
+        ((EUID == 0)) || lab_die "needs root, for network namespaces"
+        export LAB_OUTSIDE=$outside
+        exec unshare --mount --net --pid --fork --kill-child --mount-proc -- "$BASH" "$0" "$@"
+    fi
+    unset LAB_OUTSIDE
+    # Init of a PID namespace ignores signals that it does not handle: pid_namespaces(7).
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    # /run holds ip netns' names and the locks of iptables-legacy and mh-hook.
+    mount -t tmpfs -o mode=0755 tmpfs /run
+    # A log that others read is none of the lab's business; without it mh-hook speaks on stderr.
+    if [[ -e /dev/log ]]; then mount --bind /dev/null /dev/log; fi
+    LAB_DIR=/run/lab
+    LAB_CONFIG=$LAB_DIR/mh-hook.toml
+    mkdir -m 0755 /run/lock "$LAB_DIR"
+}
+
+# lab_backend nft|legacy: which one /usr/sbin/iptables and its kin are, by way of /etc/alternatives.
+lab_backend() {
+    local alternatives=$LAB_DIR/alternatives name
+    if [[ ! -d $alternatives ]]; then
+        cp -a /etc/alternatives "$alternatives"
+        mount --bind "$alternatives" /etc/alternatives
+    fi
+    for name in {iptables,ip6tables}{,-save,-restore}; do
+        ln -sfn "/usr/sbin/${name/tables/tables-$1}" "/etc/alternatives/$name"
+    done
+    case $1-$(/usr/sbin/iptables -V) in
+        nft-*nf_tables* | legacy-*legacy*) ;;
+        *) lab_die "/usr/sbin/iptables is not $1: $(/usr/sbin/iptables -V)" ;;
+    esac
+}
+
+## The layout
+
+lab_net() {
+    local namespace
+    [[ -n ${LAB_DIR-} ]] || lab_die "lab_isolate comes first"
+    for namespace in "${LAB_NAMESPACES[@]}"; do
+        ip netns add "$namespace"
+        # Before any interface: `default` is what a new one takes over.
+        lab_sysctl "$namespace" net.ipv4.conf.{all,default}.rp_filter=0 net.ipv6.conf.{all,default}.disable_ipv6=1
+        ip -n "$namespace" link set lo up
+    done
+    for namespace in router isp0 isp1; do
+        lab_sysctl "$namespace" net.ipv4.ip_forward=1
+    done
+
+    ip -n client -batch - <<EOF
+address add 192.0.2.9/32 dev lo
+address add 192.0.2.77/32 dev lo
+EOF
+    lab_isp isp0 203.0.113.0/24
+    lab_isp isp1 198.51.100.0/24
+
+    ip -n lan link add br0 type bridge
+    ip -n lan link set br0 up
+    lab_port router eth1 192.168.0.1/24
+    lab_port server eth0 192.168.0.2/24
+    lab_port lanhost eth0 192.168.0.3/24
+    ip -n server route add default via 192.168.0.1
+    ip -n lanhost route add default via 192.168.0.1
+}
+
+# lab_sysctl NAMESPACE KEY=VALUE…; keys that the kernel does not have, such as those of a missing IPv6, are left out.
+lab_sysctl() {
+    in_ns "$1" sysctl --quiet --ignore --write "${@:2}"
+}
+
+# lab_wire NAMESPACE INTERFACE NAMESPACE INTERFACE: a cable without ARP, as a PPP link is.
+lab_wire() {
+    # Without ARP a frame goes to the sender's own address, so both ends share one.
+    local ethernet='address 02:00:00:00:00:01 arp off'
+    ip -batch - <<EOF
+link add $2 netns $1 $ethernet type veth peer $4 netns $3 $ethernet
+EOF
+    ip -n "$1" link set "$2" up
+    ip -n "$3" link set "$4" up
+}
+
+# lab_isp ISP PREFIX: the ISP, and the client's way to the prefix of its customers.
+lab_isp() {
+    lab_wire "$1" client client "$1"
+    ip -n "$1" route add 192.0.2.0/24 dev client
+    ip -n client route add "$2" dev "$1" src 192.0.2.9
+    lab_customer "$1"
+}
+
+# lab_customer ISP [ADDRESS]: the one source that the ISP lets pass from its customer, BCP 38. Counters start anew.
+lab_customer() {
+    in_ns "$1" /usr/sbin/iptables-restore <<EOF
+*filter
+${2:+-A FORWARD -s $2 -m comment --comment customer -j ACCEPT}
+-A FORWARD ! -i client -m comment --comment foreign -j DROP
+COMMIT
+EOF
+}
+
+# isp_packets ISP customer|foreign: how many packets came from the customer with its own source, or were dropped.
+isp_packets() {
+    in_ns "$1" /usr/sbin/iptables-save --counters --table filter |
+        awk -F '\\[|:' -v of="--comment $2 " 'index($0, of) { packets = $2 } END { print packets + 0 }'
+}
+
+# isp_zero: both ISPs count from here.
+isp_zero() {
+    in_ns isp0 /usr/sbin/iptables --zero
+    in_ns isp1 /usr/sbin/iptables --zero
+}
+
+# lab_port NAMESPACE INTERFACE ADDRESS: a port of the LAN's switch.
+lab_port() {
+    ip link add "$2" netns "$1" type veth peer "$1" netns lan
+    ip -n lan link set "$1" master br0 up
+    ip -n "$1" address add "$3" dev "$2"
+    ip -n "$1" link set "$2" up
+}
+
+## The links, as pppd sets them up: an address, the peer's address, and for ppp1 `defaultroute`
+
+lab_links() {
+    lab_link_up ppp0 203.0.113.10
+    lab_link_up ppp1 198.51.100.20
+}
+
+# lab_link_up IF ADDRESS, where the link is down or missing.
+lab_link_up() {
+    local isp=isp${1#ppp} peer=203.0.113.1
+    [[ $1 == ppp0 ]] || peer=198.51.100.1
+    if [[ ! $(ip -n router link show "$1" 2>/dev/null) ]]; then
+        lab_wire router "$1" "$isp" customer
+    fi
+    ip -n router address add "$2" peer "$peer/32" dev "$1"
+    ip -n router link set "$1" up
+    ip -n "$isp" address flush dev customer
+    ip -n "$isp" address add "$peer" peer "$2/32" dev customer
+    lab_customer "$isp" "$2"
+    [[ $1 == ppp0 ]] || ip -n router route add default dev "$1"
+}
+
+lab_link_down() {
+    ip -n router address flush dev "$1"
+    ip -n router link set "$1" down
+}
+
+lab_link_delete() {
+    ip -n router link delete "$1"
+}
+
+## The services: each answers a line with its name, the peer's address as it sees it, and the line
+
+lab_serve() {
+    cat >"$LAB_DIR/answer" <<'EOF'
+#!/bin/sh
+read -r line
+echo "$1 $SOCAT_PEERADDR $line"
+EOF
+    chmod 0755 "$LAB_DIR/answer"
+    lab_listen server tcp 22 80
+    lab_listen server udp 27015 27022 27030 27031
+    lab_listen router tcp 8080
+    lab_listen client tcp 80
+}
+
+# lab_listen NAMESPACE tcp|udp PORT…; returns when the ports are open.
+lab_listen() {
+    local namespace=$1 proto=$2 port
+    local -A listen=([tcp]=TCP4-LISTEN [udp]=UDP4-RECVFROM)
+    for port in "${@:3}"; do
+        in_ns "$namespace" socat "${listen[$proto]}:$port,fork,reuseaddr" "EXEC:$LAB_DIR/answer $namespace" &
+    done
+    for port in "${@:3}"; do
+        lab_wait in_ns "$namespace" ss -Hln "--$proto" "sport = :$port"
+    done
+}
+
+# lab_wait COMMAND…: until it prints something, 10 s at most.
+lab_wait() {
+    local deadline=$((SECONDS + 10))
+    until [[ $("$@") ]]; do
+        ((SECONDS < deadline)) || lab_die "waited in vain for: $*"
+        sleep 0.02
+    done
+}
+
+## Questions
+
+# ask NAMESPACE tcp|udp ADDRESS PORT [--source ADDRESS]: prints the answer; fails when none comes in time.
+ask() {
+    local namespace=$1 to=${2^^}4:$3:$4 seconds=${LAB_PATIENCE:-1} line=$SRANDOM answer
+    if [[ ${5-} == --source ]]; then to+=,bind=$6; fi
+    # read returns with the line; socat itself would wait for more, UDP having no end.
+    read -r -t "$seconds" answer < <(
+        in_ns "$namespace" timeout "$seconds" socat -t "$seconds" - "$to" <<<"$line" 2>/dev/null
+    ) || return 1
+    [[ $answer == *" $line" ]] || return 1
+    echo "$answer"
+}
+
+# expect_answer "NAME PEER" followed by the arguments of ask: who must answer, and what peer it must have seen.
+expect_answer() {
+    local answer
+    answer=$(LAB_PATIENCE=5 ask "${@:2}") || { fail "no answer: ask ${*:2}"; return 1; }
+    [[ ${answer% *} == "$1" ]] || fail "expected an answer from '$1', got '$answer': ask ${*:2}"
+}
+
+expect_silence() {
+    local answer
+    ! answer=$(ask "$@") || fail "expected no answer, got '$answer': ask $*"
+}
+
+# expect_packets ISP customer|foreign some|none: since isp_zero, or since the link came up.
+expect_packets() {
+    local packets
+    packets=$(isp_packets "$1" "$2")
+    case $3-$packets in
+        none-0) ;;
+        none-*) fail "expected no $2 packets at $1, but it counted $packets" ;;
+        some-0) fail "expected $2 packets at $1, but it counted none" ;;
+    esac
+}
+
+# expect_equal WHAT EXPECTED FOUND
+expect_equal() {
+    [[ $2 == "$3" ]] || fail "$1:"$'\n'"$(diff --label expected --label found -u <(echo "$2") <(echo "$3"))"
+}
+
+# fail MESSAGE…: says it, shows the router as it stands, and returns 1.
+fail() {
+    echo "failed: $*" >&2
+    lab_show >&2
+    return 1
+}
+
+lab_show() {
+    local command
+    for command in 'ip -4 address' 'ip rule' 'ip route show table all' '/usr/sbin/iptables-save -c' 'conntrack -L'; do
+        echo "--- router: $command"
+        # shellcheck disable=SC2086 # a command and its arguments
+        in_ns router $command 2>&1 || true
+    done
+    echo "--- packets of its customer, and foreign ones dropped:" \
+        "isp0 $(isp_packets isp0 customer), $(isp_packets isp0 foreign);" \
+        "isp1 $(isp_packets isp1 customer), $(isp_packets isp1 foreign)"
+}
+
+# What must be the same before `up` and after `down`. Counters, comments and built-in chains at rest do not count.
+lab_dump() {
+    in_ns router ip -4 rule
+    in_ns router ip -4 -N route show table all
+    in_ns router /usr/sbin/iptables-save | awk '
+        /^\*/ { table = substr($1, 2) }
+        /^:/ && $2 == "-" { print table, $1 }
+        /^:/ && $2 != "-" && $2 != "ACCEPT" { print table, $1, $2 }
+        /^-/ { print table, $0 }'
+}
+
+## The program
+
+lab_find_mh_hook() {
+    local -a found
+    mapfile -t found < <(cd "$LAB_REPOSITORY" && ls -dt \
+        target/x86_64-unknown-linux-musl/release/mh-hook target/*/release/mh-hook target/release/mh-hook 2>/dev/null)
+    [[ ${#found[@]} -gt 0 ]] || lab_die "no mh-hook in target/; build it first: packaging/build"
+    echo "$LAB_REPOSITORY/${found[0]}"
+}
+
+# lab_config <<TOML: root's, and nobody else may write it, or mh-hook refuses it.
+lab_config() {
+    cat >"$LAB_CONFIG"
+    chmod 0644 "$LAB_CONFIG"
+}
+
+# mh_hook ARGUMENT…: on the router. It promises to end within 30 s.
+mh_hook() {
+    [[ -n ${MH_HOOK-} ]] || MH_HOOK=$(lab_find_mh_hook)
+    timeout 30 ip netns exec router "$MH_HOOK" --config "$LAB_CONFIG" "$@"
+}
+
+## The harness: functions named test_…, each in a lab of its own, on both backends
+
+# What stands when a test begins; a file of tests may define its own.
+lab_setup() {
+    lab_net
+    lab_links
+    lab_serve
+}
+
+# run_tests [PART OF A NAME]
+run_tests() {
+    local passed=0 failed=0 backend name pid
+    local -A running=()
+    set -euo pipefail
+    if [[ -n ${LAB_TEST-} ]]; then lab_isolate; lab_run_test; exit; fi
+
+    MH_HOOK=${MH_HOOK:-$(lab_find_mh_hook)}
+    export MH_HOOK
+    lab_isolate "$@"
+    for backend in nft legacy; do
+        for name in $(compgen -A function test_); do
+            [[ $name == *"${1-}"* ]] || continue
+            # Tests mostly wait, hence more of them than processors.
+            ((${#running[@]} < ${LAB_JOBS:-4})) || lab_reap
+            LAB_TEST="$backend $name" timeout --foreground --signal=KILL "${LAB_TIME_LIMIT:-60}" "$BASH" "$0" \
+                >"$LAB_DIR/$backend.$name" 2>&1 &
+            running[$!]="$backend $name"
+        done
+    done
+    while ((${#running[@]})); do lab_reap; done
+    echo "$passed passed, $failed failed"
+    ((passed && !failed))
+}
+
+# Waits for one test and tells how it went.
+lab_reap() {
+    local status=0
+    wait -n -p pid "${!running[@]}" || status=$?
+    # shellcheck disable=SC2154 # pid is set by wait
+    if ((status == 0)); then
+        passed=$((passed + 1))
+        echo "ok ${running[$pid]}"
+    else
+        failed=$((failed + 1))
+        echo "FAIL ${running[$pid]} (exit status $status)"
+        sed 's/^/    /' "$LAB_DIR/${running[$pid]/ /.}"
+    fi
+    unset "running[$pid]"
+}
+
+lab_run_test() {
+    local backend name
+    read -r backend name <<<"$LAB_TEST"
+    unset LAB_TEST
+    lab_backend "$backend"
+    lab_setup
+    set -E
+    trap 'lab_trace "$BASH_COMMAND" >&2' ERR
+    "$name"
+}
+
+# lab_trace COMMAND: how the script came to the command that failed.
+lab_trace() {
+    local i
+    echo "--- failed: $1"
+    for ((i = 1; i < ${#FUNCNAME[@]} - 1; i++)); do
+        echo "${BASH_SOURCE[i]}:${BASH_LINENO[i - 1]}: ${FUNCNAME[i]}"
+    done
+}
