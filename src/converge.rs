@@ -1,25 +1,24 @@
-//! Turns the wheel: look at the link, observe, plan, apply, and look again, until the kernel holds
+//! Turns the wheel: observe, look at the links, plan, apply, and look again, until the kernel holds
 //! what it should. A call is only a trigger; under the lock the kernel is the truth.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Write, stdout};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use log::{Level, debug, info, log_enabled, warn};
+use log::{Level, debug, log_enabled, warn};
 use nix::unistd::geteuid;
 
 use crate::apply::{Outcome, apply};
+use crate::claim::{self, Looks};
 use crate::command::{Backend, OnError, Tools};
-use crate::config::{Config, Uplink};
-use crate::desired::{Up, desired};
-use crate::event::Event;
-use crate::link::{self, Link};
+use crate::config::Config;
+use crate::link::Link;
 use crate::lock::Lock;
 use crate::observed::{self, observe};
 use crate::plan::{Step, plan};
-use crate::state::{IfName, State, TableId, UplinkName, check_local};
+use crate::request::Request;
+use crate::state::{State, UplinkName};
 
 /// How long one call may take: pppd waits for its hooks' end before it runs them again.
 const LIMIT: Duration = Duration::from_secs(28);
@@ -30,38 +29,6 @@ const LOCK_LIMIT: Duration = Duration::from_secs(16);
 /// How often a changing kernel is followed before we give up.
 const ROUNDS: usize = 6;
 
-/// What is asked.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Request {
-    /// By hand: this interface is up.
-    Up {
-        /// The interface.
-        interface: IfName,
-        /// Its address, where it is not to be asked of the kernel.
-        local: Option<Ipv4Addr>,
-    },
-    /// By hand: down means down, whatever the link does.
-    Down {
-        /// The interface.
-        interface: IfName,
-    },
-    /// By pppd: look at this interface.
-    Event(Event),
-    /// Look at all interfaces.
-    Sync,
-}
-
-impl Request {
-    fn interface(&self) -> Option<&IfName> {
-        match self {
-            Self::Up { interface, .. }
-            | Self::Down { interface }
-            | Self::Event(Event { interface, .. }) => Some(interface),
-            Self::Sync => None,
-        }
-    }
-}
-
 /// Whether the plan is carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -70,10 +37,6 @@ pub enum Mode {
     /// It is printed as commands, and nothing changes.
     DryRun,
 }
-
-/// The uplinks in question, each with the address that its entries should be for; none where it
-/// should have no entries.
-type Looks = BTreeMap<UplinkName, Option<Ipv4Addr>>;
 
 /// Brings the kernel to what the request asks for. Without a configuration, because it does not
 /// hold, entries can only be removed.
@@ -107,54 +70,74 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
     let mut failed: Option<Vec<Step>> = None;
     for _ in 0..ROUNDS {
         let observed = observe(&tools)?;
-        let looks = look(request, config, &observed)?;
-        let wanted = wanted(request, config, &observed, &looks)?;
+        let (looks, wanted) = aim(request, config, &observed)?;
         let steps = plan(&observed, &wanted);
         if log_enabled!(Level::Debug) {
-            let standing = plan(&State::default(), &wanted)
-                .into_iter()
-                .filter(|step| !steps.contains(step));
-            standing
-                .flat_map(|step| step.changes())
-                .for_each(|(_, command)| debug!("already there: {command}"));
+            say_what_stands(&wanted, &steps);
         }
         if mode == Mode::DryRun {
             return print(&steps);
         }
         // The same steps once more would fail once more.
         if failed.as_ref() == Some(&steps) {
-            return Err(all(total.errors)).with_context(|| describe(config, &looks));
+            return Err(all(&total.errors)).with_context(|| describe(config, &looks));
         }
         let on_error = if looks.values().any(Option::is_some) {
             OnError::Stop
         } else {
             OnError::GoOn
         };
-        let Outcome {
-            added,
-            removed,
-            errors,
-        } = apply(&tools, &steps, on_error);
-        total.added += added;
-        total.removed += removed;
-        let done = errors.is_empty();
-        if !done {
-            errors
-                .iter()
-                .for_each(|error| debug!("{error:#}; looking again"));
-            total.errors = errors;
+        let outcome = apply(&tools, &steps, on_error);
+        total.added += outcome.added;
+        total.removed += outcome.removed;
+        total.errors = outcome.errors;
+        if !total.errors.is_empty() {
+            debug!("{:#}; looking again", all(&total.errors));
             failed = Some(steps);
-        } else if look(request, config, &observed)? == looks {
+        } else if addresses(&aim(request, config, &observed)?.0) == addresses(&looks) {
             summary(config, &looks, &total, started);
             return Ok(());
         }
     }
     if total.errors.is_empty() {
         bail!(
-            "the links and the kernel's entries keep changing: run mh-hook sync when they are quiet"
+            "the links keep changing while their entries are made: run mh-hook sync when they are quiet"
         );
     }
-    Err(all(total.errors))
+    Err(all(&total.errors))
+}
+
+/// The uplinks in question with their links as they are now, and all of ours that should stand.
+fn aim(request: &Request, config: Option<&Config>, observed: &State) -> Result<(Looks, State)> {
+    if let Some(config) = config {
+        let looks = request.look(config, observed)?;
+        let wanted = claim::wanted(config, observed, &looks);
+        return Ok((looks, wanted));
+    }
+    let Some(interface) = request.interface() else {
+        return Ok((Looks::new(), observed.clone()));
+    };
+    let is_up = Link::read(interface)?.is_some_and(|link| link.address([]).is_some());
+    if matches!(request, Request::Event(_)) && is_up {
+        debug!("{interface} is up: this event is a late one");
+        return Ok((Looks::new(), observed.clone()));
+    }
+    let names = claim::bound_to(interface, observed);
+    let looks = names.into_iter().map(|name| (name, None)).collect();
+    Ok((looks, claim::without_interface(interface, observed)))
+}
+
+fn addresses(looks: &Looks) -> Vec<(&UplinkName, Option<Ipv4Addr>)> {
+    let address = |(name, link)| {
+        (
+            name,
+            Option::map(link, |link: claim::Carrying| link.address),
+        )
+    };
+    looks
+        .iter()
+        .map(|(name, link)| address((name, *link)))
+        .collect()
 }
 
 /// Says it when entries of ours stand in the other backend of iptables. That is no failure of this call.
@@ -171,202 +154,44 @@ fn warn_of_elsewhere(tools: &Tools) {
     }
 }
 
-/// Which uplinks are in question, and how each one's link is now.
-fn look(request: &Request, config: Option<&Config>, observed: &State) -> Result<Looks> {
-    let Some(interface) = request.interface() else {
-        let uplinks = config.iter().flat_map(|config| &config.uplinks);
-        return uplinks
-            .map(|(name, uplink)| {
-                Ok((
-                    name.clone(),
-                    kernel_address(uplink, name, None, config, observed)?,
-                ))
-            })
-            .collect();
-    };
-    // Uplinks whose entries name the interface, though the configuration no longer does, are looked at too.
-    let mut names = observed::bound_to(interface, observed);
-    let Some(config) = config else {
-        return Ok(names.into_iter().map(|name| (name, None)).collect());
-    };
-    names.extend(config.bound_to(interface).cloned());
-    let mut looks = Looks::new();
-    for (name, uplink) in names
-        .iter()
-        .filter_map(|name| config.uplinks.get_key_value(name))
-    {
-        let address = match request {
-            Request::Up {
-                local: Some(local), ..
-            } if uplink.interface == *interface => {
-                exists(interface, name)?;
-                if !Link::read(interface)?.is_some_and(|link| link.addresses.contains(local)) {
-                    warn!("{name}: {interface} does not have the address {local}");
-                }
-                Some(*local)
-            }
-            Request::Up { local: None, .. } if uplink.interface == *interface => {
-                exists(interface, name)?;
-                let address = kernel_address(uplink, name, None, Some(config), observed)?;
-                Some(address.with_context(|| {
-                    format!("{name}: {interface} has no IPv4 address: is pppd done? see ip addr show {interface}, or give --local ADDR")
-                })?)
-            }
-            Request::Down { .. } => None,
-            Request::Event(Event { local, .. }) => {
-                kernel_address(uplink, name, *local, Some(config), observed)?
-            }
-            Request::Up { .. } | Request::Sync => {
-                kernel_address(uplink, name, None, Some(config), observed)?
-            }
-        };
-        looks.insert(name.clone(), address);
-    }
-    Ok(looks)
-}
-
-/// Fails unless the interface is there and up.
-fn exists(interface: &IfName, name: &UplinkName) -> Result<()> {
-    let link = Link::read(interface)?.with_context(|| {
-        format!("{name}: there is no interface {interface}: dial it first, see ip link")
-    })?;
-    ensure!(
-        link.up,
-        "{name}: {interface} is down: dial it first, or ip link set {interface} up"
-    );
-    Ok(())
-}
-
-/// The address of an uplink's link, if it is up; where there are several, first `local`, then the
-/// one that entries stand for.
-fn kernel_address(
-    uplink: &Uplink,
-    name: &UplinkName,
-    local: Option<Ipv4Addr>,
-    config: Option<&Config>,
-    observed: &State,
-) -> Result<Option<Ipv4Addr>> {
-    let tables: BTreeSet<TableId> = uplink.routing.iter().map(|routing| routing.table).collect();
-    let preferred = local
-        .into_iter()
-        .chain(observed::sources(observed, &tables));
-    let address = Link::read(&uplink.interface)?.and_then(|link| link.address(preferred));
-    if let (Some(address), Some(config)) = (address, config) {
-        check_local(address, &config.lan.networks)
-            .with_context(|| format!("{name} on {}", uplink.interface))?;
-    }
-    Ok(address)
-}
-
-/// All of ours that should stand: that of the uplinks in question anew, that of other configured
-/// uplinks as it is. What no configured uplink claims is an orphan, and left out.
-fn wanted(
-    request: &Request,
-    config: Option<&Config>,
-    observed: &State,
-    looks: &Looks,
-) -> Result<State> {
-    let tables = observed::tables(config, observed);
-    let share = |names: &BTreeSet<UplinkName>, more: BTreeSet<TableId>| {
-        let theirs = tables
-            .iter()
-            .filter(|(_, name)| names.contains(name))
-            .map(|(table, _)| *table);
-        observed.share(names, &theirs.chain(more).collect())
-    };
-    let Some(config) = config else {
-        let Some(interface) = request.interface() else {
-            return Ok(observed.clone());
-        };
-        let is_up = Link::read(interface)?.is_some_and(|link| link.address([]).is_some());
-        if matches!(request, Request::Event(_)) && is_up {
-            return Ok(observed.clone());
+fn say_what_stands(wanted: &State, steps: &[Step]) {
+    for step in plan(&State::default(), wanted) {
+        if !steps.contains(&step) {
+            let changes = step.changes().into_iter();
+            changes.for_each(|(_, command)| debug!("already there: {command}"));
         }
-        let unclaimed =
-            observed::tables_by(interface, observed).filter(|table| !tables.contains_key(table));
-        return Ok(observed.without(&share(
-            &looks.keys().cloned().collect(),
-            unclaimed.collect(),
-        )));
-    };
-    let others = config
-        .uplinks
-        .keys()
-        .filter(|name| !looks.contains_key(name))
-        .cloned()
-        .collect();
-    let mut wanted = share(&others, BTreeSet::new());
-    for (name, address) in looks {
-        let (Some(uplink), Some(address)) = (config.uplinks.get(name), *address) else {
-            continue;
-        };
-        let strict = strict(&uplink.interface, observed)?;
-        wanted.merge(desired(
-            config,
-            &Up {
-                name,
-                uplink,
-                address,
-                strict,
-            },
-        ));
     }
-    Ok(wanted)
-}
-
-/// The interface's own `rp_filter` where filtering is strict (the larger value of the interface
-/// and of `all` counts), or was until we loosened it.
-fn strict(interface: &IfName, observed: &State) -> Result<Option<u8>> {
-    let Some(own) = link::rp_filter(interface.as_str())? else {
-        return Ok(None);
-    };
-    let all = link::rp_filter("all")?.unwrap_or(0);
-    let loosened = observed
-        .loose
-        .iter()
-        .find(|loose| loose.interface == *interface);
-    Ok(if own.max(all) == 1 {
-        Some(own)
-    } else {
-        loosened.map(|loose| loose.before)
-    })
 }
 
 fn print(steps: &[Step]) -> Result<()> {
-    let mut out = stdout().lock();
-    let mut text: String = steps
-        .iter()
-        .flat_map(Step::commands)
-        .map(|command| format!("{command}\n"))
-        .collect();
+    let commands = steps.iter().flat_map(Step::commands);
+    let mut text: String = commands.map(|command| format!("{command}\n")).collect();
     if text.is_empty() {
         text.push_str("# nothing to change\n");
     }
-    out.write_all(text.as_bytes()).context("print the plan")
+    stdout()
+        .write_all(text.as_bytes())
+        .context("print the plan")
 }
 
 /// All errors as one.
-fn all(errors: Vec<Error>) -> Error {
-    anyhow!(
-        errors
-            .iter()
-            .map(|error| format!("{error:#}"))
-            .collect::<Vec<_>>()
-            .join("; ")
-    )
+fn all(errors: &[Error]) -> Error {
+    let texts: Vec<String> = errors.iter().map(|error| format!("{error:#}")).collect();
+    anyhow!(texts.join("; "))
 }
 
 /// `isp0 up on ppp0 203.0.113.10, isp1 down on ppp1`
 fn describe(config: Option<&Config>, looks: &Looks) -> String {
-    let each = looks.iter().map(|(name, address)| {
-        let way = address.map_or("down".into(), |_| "up".to_owned());
-        let on = config
-            .and_then(|config| config.uplinks.get(name))
-            .map(|uplink| format!(" on {}", uplink.interface));
-        let address = address
-            .map(|address| format!(" {address}"))
-            .unwrap_or_default();
-        format!("{name} {way}{}{address}", on.unwrap_or_default())
+    let each = looks.iter().map(|(name, link)| {
+        let way = if link.is_some() { "up" } else { "down" };
+        let uplink = config.and_then(|config| config.uplinks.get(name));
+        let on = uplink.map(|uplink| format!(" on {}", uplink.interface));
+        let address = link.map(|link| format!(" {}", link.address));
+        format!(
+            "{name} {way}{}{}",
+            on.unwrap_or_default(),
+            address.unwrap_or_default()
+        )
     });
     let text = each.collect::<Vec<_>>().join(", ");
     if text.is_empty() {
@@ -377,20 +202,14 @@ fn describe(config: Option<&Config>, looks: &Looks) -> String {
 }
 
 /// `isp0 up on ppp0 203.0.113.10: 9 added, 0 removed, 6 ms`
-fn summary(
-    config: Option<&Config>,
-    looks: &Looks,
-    Outcome { added, removed, .. }: &Outcome,
-    started: Instant,
-) {
+fn summary(config: Option<&Config>, looks: &Looks, outcome: &Outcome, started: Instant) {
+    let Outcome { added, removed, .. } = outcome;
     let text = format!(
         "{}: {added} added, {removed} removed, {} ms",
         describe(config, looks),
         started.elapsed().as_millis()
     );
-    if looks.is_empty() && added + removed == 0 {
-        debug!("{text}")
-    } else {
-        info!("{text}")
-    }
+    let quiet = looks.is_empty() && added + removed == 0;
+    let level = if quiet { Level::Debug } else { Level::Info };
+    log::log!(level, "{text}");
 }

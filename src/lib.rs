@@ -3,15 +3,16 @@
 //! The flow of data, one noun a file:
 //!
 //! ```text
-//! pppd ─▶ event ─┐
-//!                ├─▶ desired ─┐
-//! file ─▶ config ┘            ├─▶ plan ─▶ apply
-//! kernel ─▶ link, observed ───┘
+//! pppd ─▶ event ─▶ request ─┐
+//! file ─▶ config            ├─▶ claim ─▶ desired ─▶ plan ─▶ apply
+//! kernel ─▶ link, observed ─┘
 //! ```
 //!
-//! `converge` turns that wheel under the `lock` until the kernel holds what it should.
+//! `converge` turns that wheel under the `lock` until the kernel holds what it should. `ip` and
+//! `iptables` are the languages of the tools, `command` spawns them, `state` has the nouns.
 
 pub mod apply;
+pub mod claim;
 pub mod command;
 pub mod config;
 pub mod converge;
@@ -24,4 +25,5 @@ pub mod lock;
 pub mod log;
 pub mod observed;
 pub mod plan;
+pub mod request;
 pub mod state;

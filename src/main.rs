@@ -11,8 +11,9 @@ use lexopt::Arg;
 use log::{LevelFilter, error};
 
 use mh_hook::config::{self, Config};
-use mh_hook::converge::{Mode, Request, converge};
+use mh_hook::converge::{Mode, converge};
 use mh_hook::event::{self, Direction, Event};
+use mh_hook::request::Request;
 use mh_hook::state::{IfName, check_local};
 
 const HELP: &str = "\
@@ -111,7 +112,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     let request = request(arguments.command).map_err(Failure::Usage)?;
     let config = match Config::load(&arguments.config_path) {
         Ok(config) => Some(config),
-        Err(error) if removes(&request) => {
+        Err(error) if request.removes() => {
             report(&error);
             log::warn!(
                 "the configuration does not hold: only removing what the kernel's own entries tell"
@@ -120,26 +121,10 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         }
         Err(error) => return Err(Failure::Usage(error)),
     };
-    let local = match &request {
-        Request::Up { local, .. } | Request::Event(Event { local, .. }) => *local,
-        Request::Down { .. } | Request::Sync => None,
-    };
-    if let (Some(local), Some(config)) = (local, &config) {
+    if let (Some(local), Some(config)) = (request.local(), &config) {
         check_local(local, &config.lan.networks).map_err(Failure::Usage)?;
     }
     converge(&request, config.as_ref(), arguments.mode).map_err(Failure::Kernel)
-}
-
-/// Whether the request can be met without a configuration.
-fn removes(request: &Request) -> bool {
-    matches!(
-        request,
-        Request::Down { .. }
-            | Request::Event(Event {
-                direction: Direction::Down,
-                ..
-            })
-    )
 }
 
 fn request(command: Command) -> Result<Request> {

@@ -1,0 +1,152 @@
+//! Whose the entries are, and so which of them should stand after a call. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+use crate::config::Config;
+use crate::desired::{Up, desired};
+use crate::iptables;
+use crate::state::{FwMark, IfName, Share, State, TableId, UplinkName};
+
+/// An uplink's link that can carry traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Carrying {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// The interface's own `rp_filter`, where filtering is strict, or was until we loosened it.
+    pub strict: Option<u8>,
+}
+
+/// The uplinks in question, each with its link; none where the uplink should have no entries.
+pub type Looks = BTreeMap<UplinkName, Option<Carrying>>;
+
+/// All of ours that should stand: that of the uplinks in question anew, that of other configured
+/// uplinks as it is. What no configured uplink claims is an orphan, and left out.
+pub fn wanted(config: &Config, observed: &State, looks: &Looks) -> State {
+    let others = config
+        .uplinks
+        .keys()
+        .filter(|name| !looks.contains_key(name))
+        .cloned()
+        .collect();
+    let mut wanted = share(&others, &tables(Some(config), observed), observed);
+    for (name, carrying) in looks {
+        if let (Some(uplink), Some(Carrying { address, strict })) =
+            (config.uplinks.get(name), *carrying)
+        {
+            wanted.merge(desired(
+                config,
+                &Up {
+                    name,
+                    uplink,
+                    address,
+                    strict,
+                },
+            ));
+        }
+    }
+    wanted
+}
+
+/// What is left when an interface goes down while there is no configuration to say whose it is:
+/// all but the entries of the uplinks whose entries name it, and of tables with routes by it.
+pub fn without_interface(interface: &IfName, observed: &State) -> State {
+    let mut tables = tables(None, observed);
+    let names = bound_to(interface, observed);
+    tables.retain(|_, name| names.contains(name));
+    let mut gone = share(&names, &tables, observed);
+    let unclaimed = tables_by(interface, observed)
+        .filter(|table| !tables.contains_key(table))
+        .collect();
+    gone.merge(observed.share(&BTreeSet::new(), &unclaimed));
+    observed.without(&gone)
+}
+
+fn share(
+    names: &BTreeSet<UplinkName>,
+    tables: &BTreeMap<TableId, UplinkName>,
+    observed: &State,
+) -> State {
+    let theirs = tables
+        .iter()
+        .filter(|(_, name)| names.contains(name))
+        .map(|(table, _)| *table)
+        .collect();
+    observed.share(names, &theirs)
+}
+
+/// Which uplink the entries in a routing table belong to. The configuration comes first; for a
+/// table that it does not name, the kernel tells: the chain of an uplink sets a mark, a rule sends
+/// that mark to a table, and a route in a table names the interface of an uplink's jump.
+fn tables(config: Option<&Config>, state: &State) -> BTreeMap<TableId, UplinkName> {
+    let mut tables = BTreeMap::new();
+    for (name, uplink) in config.iter().flat_map(|config| &config.uplinks) {
+        tables.extend(
+            uplink
+                .routing
+                .iter()
+                .map(|routing| (routing.table, name.clone())),
+        );
+    }
+    for ((_, uplink), share) in &state.tables {
+        let marks: Vec<FwMark> = share
+            .chain
+            .iter()
+            .flatten()
+            .filter_map(iptables::connmark)
+            .collect();
+        let marked = state
+            .rules
+            .iter()
+            .filter(|rule| rule.fwmark.is_some_and(|mark| marks.contains(&mark)));
+        for table in marked.map(|rule| rule.table) {
+            tables.entry(table).or_insert_with(|| uplink.clone());
+        }
+    }
+    for ((_, uplink), share) in &state.tables {
+        for interface in interfaces(share) {
+            for table in tables_by(&interface, state) {
+                tables.entry(table).or_insert_with(|| uplink.clone());
+            }
+        }
+    }
+    tables
+}
+
+/// The tables with a route of ours by this interface.
+fn tables_by(interface: &IfName, state: &State) -> impl Iterator<Item = TableId> {
+    let routes = state
+        .routes
+        .iter()
+        .filter(|route| route.dev.as_deref() == Some(interface.as_str()));
+    routes.map(|route| route.table)
+}
+
+/// The uplinks whose entries name this interface.
+pub fn bound_to(interface: &IfName, state: &State) -> BTreeSet<UplinkName> {
+    let shares = state
+        .tables
+        .iter()
+        .filter(|(_, share)| interfaces(share).any(|name| name == *interface));
+    shares.map(|((_, uplink), _)| uplink.clone()).collect()
+}
+
+/// The source addresses in the rules that stand for these tables.
+pub fn sources(state: &State, tables: &BTreeSet<TableId>) -> Vec<Ipv4Addr> {
+    let rules = state
+        .rules
+        .iter()
+        .filter(|rule| tables.contains(&rule.table));
+    rules
+        .filter_map(|rule| rule.from.as_ref()?.parse().ok())
+        .collect()
+}
+
+/// The interfaces that an uplink's entries name.
+pub fn interfaces(share: &Share) -> impl Iterator<Item = IfName> {
+    let names = share
+        .entries
+        .iter()
+        .filter_map(|(_, spec)| iptables::interface(spec));
+    names.filter_map(|name| IfName::parse(name).ok())
+}
