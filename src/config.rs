@@ -1,6 +1,6 @@
 //! The configuration file: text to [`Config`], every error with its place. Knows neither kernel nor event.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -136,16 +136,24 @@ impl Config {
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
         let (root, syntax) = DeTable::parse_recoverable(text);
         let mut reader = Reader::default();
-        let broken = !syntax.is_empty();
-        for error in syntax {
-            reader.problem(error.span().unwrap_or(0..0), error.message().to_owned());
-        }
         let config = reader.config(root.get_ref());
-        if broken {
-            // What seems to be missing may stand in what the parser had to leave out.
+        // The parser went on after a mistake as well as it could: what seems to be missing may stand
+        // in what it left out, and of what it makes of a broken line only the first is its writer's.
+        let line = |span: &Range<usize>| place(text, span.start).0;
+        let mut broken = BTreeSet::new();
+        if !syntax.is_empty() {
             reader
                 .problems
                 .retain(|problem| !problem.message.starts_with(MISSING));
+        }
+        for error in syntax {
+            let span = error.span().unwrap_or(0..0);
+            if broken.insert(line(&span)) {
+                reader
+                    .problems
+                    .retain(|problem| line(&problem.span) != line(&span));
+                reader.problem(span, error.message().to_owned());
+            }
         }
         reader.problems.sort_by_key(|problem| problem.span.start);
         if reader.problems.is_empty() {
@@ -800,7 +808,7 @@ impl Reader {
                         format!("{earlier} and {name} both have table {}", ours.table),
                     );
                 }
-                if ours.mark == theirs.mark {
+                if ours.mark == theirs.mark && ours.table != theirs.table {
                     self.problem(
                         span.clone(),
                         format!("{earlier} and {name} both have mark {}", ours.mark.value),

@@ -24,7 +24,7 @@ Usage: mh-hook [OPTIONS] COMMAND
 Commands:
   up [IFNAME]            bring the interface's uplink to its desired state
   down [IFNAME]          remove that uplink's entries, and nothing else
-  sync                   bring every uplink to what its link's present state asks for
+  sync                   bring every uplink to what its link's state asks for
   event up|down ARGS...  what pppd's hooks call, with all of pppd's arguments
 
 IFNAME is taken from the environment where it is not given, the address of the
@@ -34,7 +34,7 @@ does the same as event up or event down.
 
 Options:
       --config FILE  the configuration [default: /etc/mh-hook.toml]
-      --dry-run      print the plan as commands that can be pasted, change nothing
+      --dry-run      print the plan as commands to be pasted, change nothing
       --local ADDR   the link's address, with up
   -v, --verbose      say what was looked at, too
   -q, --quiet        say errors only

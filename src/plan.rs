@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::iptables;
 use crate::link::rp_filter_path;
-use crate::state::{IfName, Route, RouteRule, Rulespec, State, Table, UplinkName};
+use crate::state::{IfName, Loose, Route, RouteRule, Rulespec, State, Table, UplinkName};
 
 /// Which way a step changes the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -231,34 +231,36 @@ pub fn plan(observed: &State, desired: &State) -> Vec<Step> {
             routing.push(Step::Route(Change::Delete, route.clone()));
         }
     }
-    for loose in desired.loose.difference(&observed.loose) {
-        routing.push(Step::RpFilter {
-            change: Change::Add,
-            interface: loose.interface.clone(),
-            value: 2,
-        });
+    let (loosen, put_back) = rp_filter(observed, desired);
+    let netfilter = netfilter(observed, desired);
+    if adds {
+        [put_back, routing, netfilter, loosen].concat()
+    } else {
+        [put_back, netfilter, routing, loosen].concat()
     }
-    for loose in observed.loose.difference(&desired.loose) {
-        // The value stays ours while any uplink wants it on that interface.
-        if !desired
+}
+
+/// The value that is to be put back stands in a note among the iptables entries: it is written
+/// down before the interface is loosened, and read until it is put back, whenever we are killed.
+fn rp_filter(observed: &State, desired: &State) -> (Vec<Step>, Vec<Step>) {
+    let step = |change, value, loose: &Loose| Step::RpFilter {
+        change,
+        interface: loose.interface.clone(),
+        value,
+    };
+    let new = desired.loose.difference(&observed.loose);
+    let old = observed.loose.difference(&desired.loose).filter(|loose| {
+        // A renamed uplink still wants it.
+        !desired
             .loose
             .iter()
             .any(|wanted| wanted.interface == loose.interface)
-        {
-            let (interface, value) = (loose.interface.clone(), loose.before);
-            routing.push(Step::RpFilter {
-                change: Change::Delete,
-                interface,
-                value,
-            });
-        }
-    }
-    let netfilter = netfilter(observed, desired);
-    if adds {
-        [routing, netfilter].concat()
-    } else {
-        [netfilter, routing].concat()
-    }
+    });
+    (
+        new.map(|loose| step(Change::Add, 2, loose)).collect(),
+        old.map(|loose| step(Change::Delete, loose.before, loose))
+            .collect(),
+    )
 }
 
 fn netfilter(observed: &State, desired: &State) -> Vec<Step> {

@@ -21,6 +21,29 @@ lab_die() {
 
 in_ns() { ip netns exec "$@"; }
 
+# A shell that su(1) started has no folders of administration in its PATH.
+PATH=$PATH:/usr/sbin:/sbin
+
+lab_need_root() {
+    ((EUID == 0)) || lab_die "needs root, for network namespaces: sudo env PATH=\"\$PATH\" $0"
+}
+
+# The Debian packages of the commands that are missing, if any.
+lab_install() {
+    local -A packages=(
+        [conntrack]=conntrack [diff]=diffutils [ip]=iproute2 [iptables]=iptables [socat]=socat [sysctl]=procps
+    )
+    local command
+    local -a missing=()
+    for command in "${!packages[@]}"; do
+        command -v "$command" >/dev/null || missing+=("${packages[$command]}")
+    done
+    ((${#missing[@]})) || return 0
+    lab_need_root
+    apt-get update --quiet=2
+    DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends "${missing[@]}"
+}
+
 ## The room: private namespaces and folders, gone with the script
 
 # Restarts the calling script where it can do no harm. --kill-child: kill -9 of the script ends its every process.
@@ -28,7 +51,7 @@ lab_isolate() {
     local outside
     outside=$(readlink /proc/self/ns/net)
     if [[ ${LAB_OUTSIDE:-$outside} == "$outside" ]]; then
-        ((EUID == 0)) || lab_die "needs root, for network namespaces"
+        lab_need_root
         export LAB_OUTSIDE=$outside
         exec unshare --mount --net --pid --fork --kill-child --mount-proc -- "$BASH" "$0" "$@"
     fi
@@ -204,9 +227,9 @@ lab_listen() {
     done
 }
 
-# lab_wait COMMAND…: until it prints something, 10 s at most.
+# lab_wait COMMAND…: until it prints something, 10 s at most, or LAB_WAIT.
 lab_wait() {
-    local deadline=$((SECONDS + 10))
+    local deadline=$((SECONDS + ${LAB_WAIT:-10}))
     until [[ $("$@") ]]; do
         ((SECONDS < deadline)) || lab_die "waited in vain for: $*"
         sleep 0.02

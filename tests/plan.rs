@@ -1,0 +1,207 @@
+//! Folders of what stands and what is asked, and the plan that must follow.
+//!
+//! Each `tests/plan/NN-name/` holds `config.toml`; `links`, a line for each uplink in question
+//! (`isp0 203.0.113.10`, `isp0 down`; behind an address, the value of a strict rp_filter), or, where
+//! there is no `config.toml`, the interface that goes down; `ip` and `iptables-save`, the listings,
+//! empty where missing; and `plan`, the commands. The steps, carried out on what stands, must leave
+//! nothing to do. `PLAN_WRITE=1 cargo test --test plan` writes the plans anew, for `git diff` to show.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use mh_hook::claim::{self, Carrying, Looks};
+use mh_hook::config::Config;
+use mh_hook::plan::{Change, Step, plan};
+use mh_hook::state::{IfName, Loose, State, Table, UplinkName};
+use mh_hook::{ip, iptables};
+
+#[test]
+fn every_plan_is_as_written() {
+    let mut failures = String::new();
+    let mut cases: Vec<_> = fs::read_dir("tests/plan")
+        .expect("tests/plan")
+        .map(|entry| entry.expect("an entry").path())
+        .collect();
+    cases.sort();
+    assert!(cases.len() > 10, "too few cases: {}", cases.len());
+    for case in cases {
+        if let Err(failure) = check(&case) {
+            let _ = writeln!(failures, "--- {}\n{failure}", case.display());
+        }
+    }
+    assert!(failures.is_empty(), "\n{failures}");
+}
+
+fn check(case: &Path) -> Result<(), String> {
+    let read = |name: &str| fs::read_to_string(case.join(name)).unwrap_or_default();
+    let observed = observe(&read("ip"), &read("iptables-save"));
+    let links = read("links");
+    let wanted = match fs::read_to_string(case.join("config.toml")) {
+        Ok(text) => {
+            let config = Config::parse(&text).map_err(|problems| format!("{problems:?}"))?;
+            claim::wanted(&config, &observed, &looks(&links))
+        }
+        Err(_) => {
+            let interface = IfName::parse(links.trim()).map_err(|error| error.to_string())?;
+            claim::without_interface(&interface, &observed)
+        }
+    };
+    let steps = plan(&observed, &wanted);
+    let commands = steps.iter().flat_map(Step::commands);
+    let found: String = commands.map(|command| format!("{command}\n")).collect();
+    if std::env::var_os("PLAN_WRITE").is_some() {
+        fs::write(case.join("plan"), &found).expect("write the plan");
+    }
+    let expected = read("plan");
+    if expected != found {
+        return Err(diff(&expected, &found));
+    }
+    let mut after = observed.clone();
+    steps
+        .into_iter()
+        .for_each(|step| carry_out(step, &wanted, &mut after));
+    let left: Vec<Step> = plan(&after, &wanted);
+    if left.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("the next plan is not empty: {left:?}"))
+    }
+}
+
+fn observe(listing: &str, save: &str) -> State {
+    let (routes, rules) = ip::parse(listing).expect("the listing of ip");
+    let tables = iptables::parse(save).expect("what iptables-save prints");
+    // In these cases what the note in a chain says of the interface is so.
+    let note = |(key, share): (&(Table, UplinkName), &mh_hook::state::Share)| {
+        let before = share
+            .chain
+            .iter()
+            .flatten()
+            .find_map(iptables::parse_loose_note)?;
+        let interface = claim::interfaces(share).next()?;
+        Some(Loose {
+            uplink: key.1.clone(),
+            interface,
+            before,
+        })
+    };
+    let loose = tables.iter().filter_map(note).collect();
+    State {
+        routes,
+        rules,
+        tables,
+        loose,
+    }
+}
+
+fn looks(links: &str) -> Looks {
+    let look = |line: &str| {
+        let mut words = line.split(' ');
+        let name = words.next().and_then(|name| UplinkName::parse(name).ok());
+        let address = words.next().and_then(|word| word.parse().ok());
+        let strict = words.next().and_then(|word| word.parse().ok());
+        (
+            name.expect("an uplink's name"),
+            address.map(|address| Carrying { address, strict }),
+        )
+    };
+    links.lines().map(look).collect()
+}
+
+/// What the kernel does with a step.
+fn carry_out(step: Step, wanted: &State, state: &mut State) {
+    match step {
+        Step::Route(Change::Delete, route) => {
+            assert!(state.routes.remove(&route), "{route} is not there")
+        }
+        Step::Route(Change::Replace, route) => {
+            state.routes.retain(|old| old.key() != route.key());
+            state.routes.insert(route);
+        }
+        Step::Route(Change::Add, route) => {
+            assert!(
+                !state.routes.iter().any(|old| old.key() == route.key()),
+                "{route}: File exists"
+            );
+            state.routes.insert(route);
+        }
+        Step::RouteRule(Change::Delete, rule) => {
+            assert!(state.rules.remove(&rule), "{rule} is not there")
+        }
+        Step::RouteRule(_, rule) => {
+            assert!(state.rules.insert(rule.clone()), "{rule}: File exists")
+        }
+        Step::Chain {
+            table,
+            uplink,
+            before,
+            after,
+        } => {
+            let share = state.tables.entry((table, uplink.clone())).or_default();
+            assert_eq!(share.chain, before);
+            let jump = format!("-j {}", uplink.chain());
+            let jumped_to = share
+                .entries
+                .iter()
+                .any(|(_, spec)| spec.0.ends_with(&jump));
+            assert!(
+                after.is_some() || !jumped_to,
+                "{uplink}: a chain goes that an entry jumps to"
+            );
+            share.chain = after;
+        }
+        Step::Entry(change, table, chain, spec) => {
+            let mut owners = state.tables.iter_mut().filter(|((of, _), _)| *of == table);
+            let entry = (chain, spec);
+            if change == Change::Delete {
+                let place = owners.find_map(|(_, share)| {
+                    let index = share.entries.iter().position(|found| *found == entry)?;
+                    Some(share.entries.remove(index))
+                });
+                assert!(place.is_some(), "{entry:?} is not there");
+            } else {
+                let owner = entry
+                    .1
+                    .0
+                    .split(' ')
+                    .find_map(UplinkName::from_chain)
+                    .expect("it names its uplink");
+                let share = state.tables.entry((table, owner)).or_default();
+                share.entries.push(entry);
+            }
+        }
+        // Whose it is, and its former value, is what the note in the uplink's chain says.
+        Step::RpFilter {
+            change, interface, ..
+        } => {
+            state.loose.retain(|loose| loose.interface != interface);
+            let loosened = wanted
+                .loose
+                .iter()
+                .filter(|loose| loose.interface == interface);
+            state
+                .loose
+                .extend(loosened.filter(|_| change == Change::Add).cloned());
+        }
+    }
+    state
+        .tables
+        .retain(|_, share| *share != mh_hook::state::Share::default());
+}
+
+/// Line by line; plans are short.
+fn diff(expected: &str, found: &str) -> String {
+    let only = |sign, a: &str, b: &str| -> String {
+        a.lines()
+            .filter(|line| !b.lines().any(|other| other == *line))
+            .map(|line| format!("{sign}{line}\n"))
+            .collect()
+    };
+    let text = only('-', expected, found) + &only('+', found, expected);
+    if text.is_empty() {
+        format!("the order differs; found:\n{found}")
+    } else {
+        text
+    }
+}
