@@ -28,15 +28,17 @@ lab_need_root() {
     ((EUID == 0)) || lab_die "needs root, for network namespaces: sudo env PATH=\"\$PATH\" $0"
 }
 
-# The Debian packages of the commands that are missing, if any.
+# What the lab itself needs.
+# shellcheck disable=SC2034 # tests/run and the demo install them
+LAB_PACKAGES=(conntrack diffutils iproute2 iptables procps socat util-linux)
+
+# lab_install PACKAGE…: those of them that are missing.
 lab_install() {
-    local -A packages=(
-        [conntrack]=conntrack [diff]=diffutils [ip]=iproute2 [iptables]=iptables [socat]=socat [sysctl]=procps
-    )
-    local command
+    local package
     local -a missing=()
-    for command in "${!packages[@]}"; do
-        command -v "$command" >/dev/null || missing+=("${packages[$command]}")
+    for package; do
+        [[ $(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] ||
+            missing+=("$package")
     done
     ((${#missing[@]})) || return 0
     lab_need_root
