@@ -57,9 +57,10 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         geteuid().is_root(),
         "must be root: the kernel's routing and iptables are to be read and changed"
     );
-    let tools = Tools::find(started + LIMIT)?;
+    let named = || request.to_string();
+    let tools = Tools::find(started + LIMIT).with_context(named)?;
     let _lock = match mode {
-        Mode::Apply => Some(Lock::take(started + LOCK_LIMIT)?),
+        Mode::Apply => Some(Lock::take(started + LOCK_LIMIT).with_context(named)?),
         Mode::DryRun => None,
     };
     // A file tells whether legacy has anything; asking nft would cost each call a process.
@@ -69,7 +70,7 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
     for _ in 0..ROUNDS {
-        let observed = observe(&tools)?;
+        let observed = observe(&tools).with_context(named)?;
         let (looks, wanted) = aim(request, config, &observed)?;
         let steps = plan(&observed, &wanted);
         if log_enabled!(Level::Debug) {

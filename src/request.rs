@@ -1,6 +1,7 @@
 //! What is asked, and a look at the links in question.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result, ensure};
@@ -30,6 +31,17 @@ pub enum Request {
     Event(Event),
     /// Look at all interfaces.
     Sync,
+}
+
+impl fmt::Display for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Up { interface, .. } => write!(f, "up {interface}"),
+            Self::Down { interface } => write!(f, "down {interface}"),
+            Self::Event(event) => write!(f, "event {} {}", event.direction, event.interface),
+            Self::Sync => f.write_str("sync"),
+        }
+    }
 }
 
 impl Request {
