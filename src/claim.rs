@@ -3,22 +3,37 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
-use crate::config::Config;
+use crate::config::{Config, Uplink};
 use crate::desired::{Up, desired};
 use crate::iptables;
 use crate::state::{FwMark, IfName, Share, State, TableId, UplinkName};
 
-/// An uplink's link that can carry traffic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Carrying {
-    /// Its address.
+/// An uplink's link that has an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Addressed {
+    /// The interface.
+    pub interface: IfName,
+    /// The address that entries are for.
     pub address: Ipv4Addr,
+    /// All its addresses.
+    pub addresses: Vec<Ipv4Addr>,
+    /// Whether it carries traffic, so that a route can leave by it.
+    pub running: Running,
     /// The interface's own `rp_filter`, where filtering is strict, or was until we loosened it.
     pub strict: Option<u8>,
 }
 
+/// Whether a link carries traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Running {
+    /// It does.
+    Yes,
+    /// It is about to: pppd waits for us.
+    NotYet,
+}
+
 /// The uplinks in question, each with its link; none where the uplink should have no entries.
-pub type Looks = BTreeMap<UplinkName, Option<Carrying>>;
+pub type Looks = BTreeMap<UplinkName, Option<Addressed>>;
 
 /// All of ours that should stand: that of the uplinks in question anew, that of other configured
 /// uplinks as it is. What no configured uplink claims is an orphan, and left out.
@@ -30,19 +45,9 @@ pub fn wanted(config: &Config, observed: &State, looks: &Looks) -> State {
         .cloned()
         .collect();
     let mut wanted = share(&others, &tables(Some(config), observed), observed);
-    for (name, carrying) in looks {
-        if let (Some(uplink), Some(Carrying { address, strict })) =
-            (config.uplinks.get(name), *carrying)
-        {
-            wanted.merge(desired(
-                config,
-                &Up {
-                    name,
-                    uplink,
-                    address,
-                    strict,
-                },
-            ));
+    for (name, link) in looks {
+        if let (Some(uplink), Some(link)) = (config.uplinks.get(name), link) {
+            wanted.merge(desired(config, &Up { name, uplink, link }));
         }
     }
     wanted
@@ -129,6 +134,21 @@ pub fn bound_to(interface: &IfName, state: &State) -> BTreeSet<UplinkName> {
         .iter()
         .filter(|(_, share)| interfaces(share).any(|name| name == *interface));
     shares.map(|((_, uplink), _)| uplink.clone()).collect()
+}
+
+/// The interface that an uplink's entries name, or the route in its table.
+pub fn binding(name: &UplinkName, uplink: &Uplink, state: &State) -> Option<IfName> {
+    let shares = state.tables.iter().filter(|((_, of), _)| of == name);
+    let table = uplink.routing.as_ref().map(|routing| routing.table);
+    let routes = state
+        .routes
+        .iter()
+        .filter(|route| Some(route.table) == table);
+    let by_route = routes.filter_map(|route| IfName::parse(route.dev.as_ref()?).ok());
+    shares
+        .flat_map(|(_, share)| interfaces(share))
+        .chain(by_route)
+        .next()
 }
 
 /// The source addresses in the rules that stand for these tables.

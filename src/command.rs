@@ -30,6 +30,7 @@ pub struct Tools {
     ip: PathBuf,
     save: PathBuf,
     restore: PathBuf,
+    conntrack: Option<PathBuf>,
     /// Which of the two iptables-save is, by way of /etc/alternatives.
     pub backend: Backend,
     deadline: Instant,
@@ -80,6 +81,7 @@ impl Tools {
             ip,
             save,
             restore: find("iptables-restore", "iptables")?,
+            conntrack: find("conntrack", "conntrack").ok(),
             backend: if is_legacy {
                 Backend::Legacy
             } else {
@@ -155,6 +157,40 @@ impl Tools {
         // One second less than it has, so that it gives up by itself and says why.
         let seconds = self.limit().as_secs().saturating_sub(1).max(1).to_string();
         self.run(&self.restore, &["--noflush", "--wait", &seconds], input)
+    }
+
+    /// All IPv4 connections that are tracked; none where the tool is not installed.
+    ///
+    /// # Errors
+    /// It can't be run or fails.
+    pub fn conntrack_list(&self) -> Result<Option<String>> {
+        let Some(path) = &self.conntrack else {
+            return Ok(None);
+        };
+        let output = self.run(path, &["-L", "-f", "ipv4"], "")?;
+        ensure!(
+            output.status.success(),
+            "conntrack -L -f ipv4: {}",
+            output.failure()
+        );
+        Ok(Some(output.stdout))
+    }
+
+    /// Deletes connections: a line each, as conntrack's arguments. One that has ended is no failure.
+    ///
+    /// # Errors
+    /// It can't be run or fails.
+    pub fn conntrack_delete(&self, lines: &str) -> Result<()> {
+        let Some(path) = &self.conntrack else {
+            return Ok(());
+        };
+        let output = self.run(path, &["--load-file", "-"], lines)?;
+        ensure!(
+            output.status.success(),
+            "conntrack --load-file -: {}",
+            output.failure()
+        );
+        Ok(())
     }
 
     fn limit(&self) -> Duration {

@@ -55,17 +55,27 @@ pub struct Priority {
     pub mark: u32,
     /// An uplink's address leaves by its link.
     pub source: u32,
+    /// The connections of pinned LAN hosts leave by their uplink.
+    pub pin: u32,
 }
 
 /// One configured way out.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Uplink {
-    /// The interface it is bound to.
-    pub interface: IfName,
+    /// By what it is known.
+    pub identity: Identity,
     /// Its routing table and connection mark; without them it only masquerades.
     pub routing: Option<Routing>,
     /// Whether LAN traffic that leaves by it takes its address.
     pub masquerade: bool,
+    /// Whether LAN hosts reach the forwards by the uplink's address.
+    pub hairpin: bool,
+    /// Whether the TCP segments that pass the link are held to its MTU.
+    pub clamp_mss: bool,
+    /// Whether the filter table's FORWARD lets the forwarded connections pass.
+    pub accept_forward: bool,
+    /// LAN sources whose own connections always leave by it.
+    pub pin: Vec<Ipv4Network>,
     /// Its port forwards, in the order of the file.
     pub forwards: Vec<Forward>,
 }
@@ -79,13 +89,52 @@ pub struct Routing {
     pub mark: FwMark,
 }
 
+/// By what an uplink is known in pppd's calls: all that are given must match, and one is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The interface's name.
+    pub interface: Option<IfName>,
+    /// pppd's option `ipparam`.
+    pub ipparam: Option<String>,
+    /// pppd's option `linkname`.
+    pub linkname: Option<String>,
+    /// The name in `pppd call NAME`.
+    pub peer: Option<String>,
+}
+
+impl Identity {
+    /// Whether all that is given here is so there.
+    pub fn matches(&self, call: &Self) -> bool {
+        let fits =
+            |ours: &Option<String>, theirs: &Option<String>| ours.is_none() || ours == theirs;
+        (self.interface.is_none() || self.interface == call.interface)
+            && fits(&self.ipparam, &call.ipparam)
+            && fits(&self.linkname, &call.linkname)
+            && fits(&self.peer, &call.peer)
+    }
+
+    /// The interface, where it alone tells which link this is.
+    pub fn interface_alone(&self) -> Option<&IfName> {
+        let Self {
+            interface,
+            ipparam: None,
+            linkname: None,
+            peer: None,
+        } = self
+        else {
+            return None;
+        };
+        interface.as_ref()
+    }
+}
+
 /// A port forward.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Forward {
-    /// The transport protocol.
-    pub protocol: Protocol,
-    /// The ports at the uplink's address.
-    pub ports: RangeInclusive<u16>,
+    /// The protocols, in the order of the file; none for any.
+    pub protocols: Vec<Protocol>,
+    /// The ports at the uplink's address; none for all, or where the protocol has none.
+    pub ports: Option<RangeInclusive<u16>>,
     /// The LAN host.
     pub to: Ipv4Addr,
     /// The port there, where it is another.
@@ -94,20 +143,48 @@ pub struct Forward {
     pub from: Vec<Ipv4Network>,
 }
 
-/// A protocol with ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A protocol above IP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Protocol {
+    /// ICMP.
+    Icmp,
     /// TCP.
     Tcp,
     /// UDP.
     Udp,
+    /// Generic routing encapsulation, as PPTP has it.
+    Gre,
+    /// IPsec's encapsulation.
+    Esp,
+    /// SCTP.
+    Sctp,
+}
+
+impl Protocol {
+    const ALL: [Self; 6] = [
+        Self::Icmp,
+        Self::Tcp,
+        Self::Udp,
+        Self::Gre,
+        Self::Esp,
+        Self::Sctp,
+    ];
+
+    /// Whether forwards of it can name ports.
+    pub fn has_ports(self) -> bool {
+        matches!(self, Self::Tcp | Self::Udp | Self::Sctp)
+    }
 }
 
 impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Icmp => "icmp",
             Self::Tcp => "tcp",
             Self::Udp => "udp",
+            Self::Gre => "gre",
+            Self::Esp => "esp",
+            Self::Sctp => "sctp",
         })
     }
 }
@@ -163,12 +240,13 @@ impl Config {
         }
     }
 
-    /// The uplink that is bound to this interface.
-    pub fn bound_to(&self, interface: &IfName) -> Option<&UplinkName> {
-        self.uplinks
+    /// The uplinks that a call is for.
+    pub fn matching(&self, call: &Identity) -> Vec<&UplinkName> {
+        let matching = self
+            .uplinks
             .iter()
-            .find(|(_, uplink)| uplink.interface == *interface)
-            .map(|(name, _)| name)
+            .filter(|(_, uplink)| uplink.identity.matches(call));
+        matching.map(|(name, _)| name).collect()
     }
 }
 
@@ -284,12 +362,6 @@ const PRIORITIES: RangeInclusive<u64> = 1..=32765;
 
 /// What each message of a missing key starts with.
 const MISSING: &str = "missing ";
-
-/// The message for a key that is valid but whose entries are not built yet. It must not be
-/// taken in silence: its user would rely on it.
-fn not_yet(key: &str) -> String {
-    format!("{key} is not supported yet by this version of mh-hook; remove it")
-}
 
 type Key<'a> = &'a Spanned<std::borrow::Cow<'a, str>>;
 type Value<'a> = &'a Spanned<DeValue<'a>>;
@@ -429,6 +501,7 @@ impl Reader {
             local: 98,
             mark: 99,
             source: 100,
+            pin: 101,
         };
         let Some(table) = self.table(root, "priority") else {
             return priority;
@@ -438,6 +511,7 @@ impl Reader {
             ("local", &mut priority.local),
             ("mark", &mut priority.mark),
             ("source", &mut priority.source),
+            ("pin", &mut priority.pin),
         ];
         for (key, target) in keys {
             if let Some(value) = self.integer(table, key, PRIORITIES) {
@@ -448,19 +522,17 @@ impl Reader {
             local,
             mark,
             source,
+            pin,
         } = priority;
+        // The LAN is nearer than any uplink, and a connection's own way back comes before its host's.
         if let Some((key, _)) = table.iter().next()
-            && !(local < mark && mark < source)
+            && !(local < mark && local < source && mark < pin)
         {
             let message = format!(
-                "priorities must rise in the order local, mark, source; they are {local}, {mark}, {source}"
+                "local must come ahead of mark, source and pin, and mark ahead of pin; \
+                 local is {local}, mark {mark}, source {source}, pin {pin}"
             );
             self.problem(key.span(), message);
-        }
-        if self.integer(table, "pin", PRIORITIES).is_some()
-            && let Some((key, _)) = table.get_key_value("pin")
-        {
-            self.problem(key.span(), not_yet("pin"));
         }
         priority
     }
@@ -485,67 +557,21 @@ impl Reader {
                 "forward",
             ],
         );
-        let interface = table.get("interface").and_then(|value| {
-            let name = value
-                .get_ref()
-                .as_str()
-                .context("interface is a name: \"ppp0\"")
-                .and_then(IfName::parse);
-            self.take(value.span(), name)
-        });
-        for key in ["ipparam", "linkname", "peer"] {
-            if let Some(value) = table.get(key) {
-                let text = value.get_ref().as_str();
-                let message = if text
-                    .is_none_or(|text| text.is_empty() || text.chars().any(char::is_control))
-                {
-                    format!("{key} is a string of printable characters")
-                } else {
-                    not_yet(key)
-                };
-                self.problem(value.span(), message);
-            }
-        }
-        if !["interface", "ipparam", "linkname", "peer"]
-            .iter()
-            .any(|key| table.contains_key(*key))
-        {
-            self.problem(
-                name.span(),
-                format!(
-                    "{MISSING}interface in {place}: say which link this is: interface = \"ppp0\""
-                ),
-            );
-        }
-        for key in ["hairpin", "clamp-mss", "accept-forward"] {
-            if let Some(value) = table.get(key)
-                && self.boolean(table, key).is_some()
-            {
-                self.problem(value.span(), not_yet(key));
-            }
-        }
-        if let Some(value) = table.get("pin") {
-            self.list(
-                table,
-                "pin",
-                "LAN sources: [\"192.168.0.2\"]",
-                |text| match text.parse::<Ipv4Addr>() {
-                    Ok(address) => Ok(Ipv4Network::from(address)),
-                    Err(_) => prefix(text),
-                },
-            );
-            self.problem(value.span(), not_yet("pin"));
-        }
+        let identity = self.identity(name, table, &place);
+        let pin = self.list(
+            table,
+            "pin",
+            "LAN sources: [\"192.168.0.2\"]",
+            address_or_prefix,
+        );
         let masquerade = self.boolean(table, "masquerade").unwrap_or(true);
         let forwards = self.forwards(table);
         let id = self.table_id(table);
         if table.get("table").is_none() {
-            let needs = if table.contains_key("forward") {
-                "forward"
-            } else {
-                "mark"
-            };
-            if let Some((key, _)) = table.get_key_value(needs) {
+            for needs in ["forward", "mark", "pin"] {
+                let Some((key, _)) = table.get_key_value(needs) else {
+                    continue;
+                };
                 self.problem(
                     key.span(),
                     format!("{MISSING}key table in {place}: {needs} needs a routing table of its own: table = 10"),
@@ -570,14 +596,62 @@ impl Reader {
             );
         }
         Some(Uplink {
-            interface: interface?,
+            identity: identity?,
             routing: id.zip(mark).map(|(table, value)| Routing {
                 table,
                 mark: FwMark { value, mask },
             }),
             masquerade,
+            hairpin: self.boolean(table, "hairpin").unwrap_or(true),
+            clamp_mss: self.boolean(table, "clamp-mss").unwrap_or(true),
+            accept_forward: self.boolean(table, "accept-forward").unwrap_or(false),
+            pin,
             forwards,
         })
+    }
+
+    fn identity(&mut self, name: Key, table: &DeTable, place: &str) -> Option<Identity> {
+        let string = |value: &DeValue| {
+            let text = value
+                .as_str()
+                .filter(|text| !text.is_empty() && !text.chars().any(char::is_control));
+            text.map(str::to_owned)
+        };
+        let mut texts = ["ipparam", "linkname", "peer"].map(|key| {
+            let value = table.get(key)?;
+            let text = string(value.get_ref());
+            self.take(
+                value.span(),
+                text.with_context(|| format!("{key} is a string of printable characters")),
+            )
+        });
+        let interface = table.get("interface").and_then(|value| {
+            let text = value
+                .get_ref()
+                .as_str()
+                .context("interface is a name: \"ppp0\"");
+            self.take(value.span(), text.and_then(IfName::parse))
+        });
+        let [ipparam, linkname, peer] = texts.each_mut().map(Option::take);
+        let identity = Identity {
+            interface,
+            ipparam,
+            linkname,
+            peer,
+        };
+        if !["interface", "ipparam", "linkname", "peer"]
+            .iter()
+            .any(|key| table.contains_key(*key))
+        {
+            self.problem(
+                name.span(),
+                format!(
+                    "{MISSING}interface in {place}: say which link this is by interface, ipparam, linkname or peer: \
+                     interface = \"ppp0\""
+                ),
+            );
+        }
+        (identity != Identity::default()).then_some(identity)
     }
 
     fn table_id(&mut self, table: &DeTable) -> Option<TableId> {
@@ -604,7 +678,7 @@ impl Reader {
             self.problem(value.span(), example);
             return Vec::new();
         };
-        let mut forwards: Vec<(Forward, Range<usize>)> = Vec::new();
+        let mut forwards: Vec<Forward> = Vec::new();
         for item in items.iter() {
             let Some(table) = item.get_ref().as_table() else {
                 self.problem(item.span(), example);
@@ -613,39 +687,28 @@ impl Reader {
             let Some(forward) = self.forward(item, table) else {
                 continue;
             };
-            if let Some((earlier, _)) = forwards
-                .iter()
-                .find(|(earlier, _)| overlap(earlier, &forward))
-            {
+            if let Some(earlier) = forwards.iter().find(|earlier| overlap(earlier, &forward)) {
                 self.problem(
                     item.span(),
-                    format!(
-                        "overlaps the forward of {}/{} above it",
-                        earlier.protocol,
-                        ports(&earlier.ports)
-                    ),
+                    format!("overlaps the forward of {} above it", describe(earlier)),
                 );
             }
-            forwards.push((forward, item.span()));
+            forwards.push(forward);
         }
-        forwards.into_iter().map(|(forward, _)| forward).collect()
+        forwards
     }
 
     fn forward(&mut self, item: Value, table: &DeTable) -> Option<Forward> {
         self.known(table, "a forward", &["proto", "port", "to", "from"]);
-        let protocol = match table.get("proto") {
-            None => Some(Protocol::Tcp),
-            Some(value) => self.protocol(value),
+        let protocols = match table.get("proto") {
+            None => Some(vec![Protocol::Tcp]),
+            Some(value) => self.protocols(value),
         };
         let ports = match table.get("port") {
-            Some(value) => self.take(value.span(), port_range(value.get_ref())),
-            None => {
-                self.problem(
-                    item.span(),
-                    format!("{MISSING}port: {}", not_yet("a forward of all ports")),
-                );
-                None
-            }
+            Some(value) => self
+                .take(value.span(), port_range(value.get_ref()))
+                .map(Some),
+            None => Some(None),
         };
         let to = match table.get("to") {
             Some(value) => self.take(value.span(), target(value.get_ref())),
@@ -661,7 +724,7 @@ impl Reader {
             table,
             "from",
             "source prefixes: [\"198.51.100.0/24\"]",
-            prefix,
+            address_or_prefix,
         );
         if let Some(value) = table.get("from")
             && value
@@ -674,13 +737,29 @@ impl Reader {
                 "an empty from lets nobody in; leave it out to let everybody in",
             );
         }
-        let (protocol, ports, (to, to_port)) = (protocol?, ports?, to?);
-        if to_port.is_some() && ports.start() != ports.end() {
+        let (protocols, ports, (to, to_port)) = (protocols?, ports?, to?);
+        let portless =
+            protocols.is_empty() || !protocols.iter().all(|protocol| protocol.has_ports());
+        if ports.is_some() && portless {
+            let span = table.get("port").map_or(item.span(), Spanned::span);
+            self.problem(
+                span,
+                "only tcp, udp and sctp have ports: leave port out, or name these protocols only",
+            );
+        }
+        if to_port.is_some()
+            && ports
+                .as_ref()
+                .is_none_or(|ports| ports.start() != ports.end())
+        {
             let span = table.get("to").map_or(item.span(), Spanned::span);
-            self.problem(span, "a range keeps its ports: give to an address alone");
+            self.problem(
+                span,
+                "a port in to goes with one port: several keep theirs, so give an address alone",
+            );
         }
         Some(Forward {
-            protocol,
+            protocols,
             ports,
             to,
             to_port,
@@ -688,28 +767,40 @@ impl Reader {
         })
     }
 
-    fn protocol(&mut self, value: Value) -> Option<Protocol> {
+    /// The protocols; none for any.
+    fn protocols(&mut self, value: Value) -> Option<Vec<Protocol>> {
         let single = std::slice::from_ref(value);
         let names = value
             .get_ref()
             .as_array()
             .map_or(single, |list| list.as_ref());
-        let mut found = None;
+        let mut protocols = Vec::new();
+        if names.is_empty() {
+            self.problem(
+                value.span(),
+                "an empty proto forwards nothing; leave it out for tcp",
+            );
+        }
         for name in names {
-            let message = match name.get_ref().as_str() {
-                Some("tcp") => { found = Some(Protocol::Tcp); continue }
-                Some("udp") => { found = Some(Protocol::Udp); continue }
-                Some(other @ ("sctp" | "gre" | "esp" | "icmp" | "any")) => not_yet(&format!("proto {other:?}")),
-                _ => "proto is one of \"tcp\", \"udp\", \"sctp\", \"gre\", \"esp\", \"icmp\", \"any\", or a list".into(),
+            let text = name.get_ref().as_str().unwrap_or_default();
+            let known = Protocol::ALL
+                .into_iter()
+                .find(|protocol| protocol.to_string() == text);
+            let message = match known {
+                _ if text == "any" && !value.get_ref().is_array() => return Some(Vec::new()),
+                _ if text == "any" => "\"any\" stands alone: proto = \"any\"",
+                Some(protocol) if protocols.contains(&protocol) => "stands twice in proto",
+                Some(protocol) => {
+                    protocols.push(protocol);
+                    continue;
+                }
+                None => {
+                    "proto is \"tcp\", \"udp\", \"sctp\", \"gre\", \"esp\" or \"icmp\", a list of these, or \"any\""
+                }
             };
             self.problem(name.span(), message);
         }
-        if names.is_empty() {
-            self.problem(value.span(), "proto is an empty list: leave it out for tcp");
-        } else if value.get_ref().is_array() {
-            self.problem(value.span(), not_yet("a list of protocols"));
-        }
-        found
+        Some(protocols).filter(|protocols| !protocols.is_empty())
     }
 
     /// A list of strings, each parsed; a problem for each that is not, and for doubles.
@@ -779,25 +870,39 @@ impl Reader {
     ) {
         for (index, (name, span)) in places.iter().enumerate() {
             let uplink = &uplinks[name];
-            if lan.interfaces.contains(&uplink.interface) {
+            if let Some(interface) = &uplink.identity.interface
+                && lan.interfaces.contains(interface)
+            {
                 self.problem(
                     span.clone(),
-                    format!(
-                        "interface {} of {name} is one of [lan] interfaces too",
-                        uplink.interface
-                    ),
+                    format!("interface {interface} of {name} is one of [lan] interfaces too"),
+                );
+            }
+            for pin in uplink.pin.iter().filter(|pin| {
+                !lan.networks
+                    .iter()
+                    .any(|network| pin.is_subnet_of(*network))
+            }) {
+                self.problem(
+                    span.clone(),
+                    format!("pin {pin} of {name} lies in none of [lan] networks"),
                 );
             }
             for (earlier, _) in &places[..index] {
                 let other = &uplinks[earlier];
-                if uplink.interface == other.interface {
-                    self.problem(
-                        span.clone(),
-                        format!(
-                            "{earlier} and {name} both match interface {}",
-                            uplink.interface
-                        ),
+                let (one, two) = (&uplink.identity, &other.identity);
+                if one.matches(two) || two.matches(one) {
+                    let message = format!(
+                        "{earlier} and {name} match the same link: give one of them what the other has not"
                     );
+                    self.problem(span.clone(), message);
+                }
+                if let Some(pin) = uplink
+                    .pin
+                    .iter()
+                    .find(|pin| other.pin.iter().any(|theirs| theirs.overlaps(**pin)))
+                {
+                    self.problem(span.clone(), format!("{earlier} and {name} both pin {pin}"));
                 }
                 let (Some(ours), Some(theirs)) = (&uplink.routing, &other.routing) else {
                     continue;
@@ -890,26 +995,63 @@ fn target(value: &DeValue) -> Result<(Ipv4Addr, Option<u16>)> {
     Ok((address, port))
 }
 
-fn ports(range: &RangeInclusive<u16>) -> String {
-    if range.start() == range.end() {
-        range.start().to_string()
-    } else {
-        format!("{}-{}", range.start(), range.end())
+/// An address alone stands for itself.
+fn address_or_prefix(text: &str) -> Result<Ipv4Network> {
+    match text.parse::<Ipv4Addr>() {
+        Ok(address) => Ok(address.into()),
+        Err(_) => prefix(text),
     }
 }
 
-/// Whether some packet fits both, so that the order would decide. A forward that some sources have
-/// to themselves may stand ahead of the same ports for everybody.
-fn overlap(earlier: &Forward, later: &Forward) -> bool {
-    let ports =
-        earlier.ports.start() <= later.ports.end() && later.ports.start() <= earlier.ports.end();
-    let sources = if earlier.from.is_empty() || later.from.is_empty() {
-        earlier.from.is_empty()
+fn describe(forward: &Forward) -> String {
+    let names: Vec<String> = forward.protocols.iter().map(ToString::to_string).collect();
+    let protocols = if names.is_empty() {
+        "any".into()
     } else {
-        earlier
+        names.join("+")
+    };
+    match &forward.ports {
+        None => protocols,
+        Some(ports) if ports.start() == ports.end() => format!("{protocols}/{}", ports.start()),
+        Some(ports) => format!("{protocols}/{}-{}", ports.start(), ports.end()),
+    }
+}
+
+/// Whether some packet fits both and the order has not been said: what leaves `from`, `port` or the
+/// protocol open is the general, and what names it may stand ahead of that.
+fn overlap(earlier: &Forward, later: &Forward) -> bool {
+    let open = |forward: &Forward| {
+        [
+            forward.protocols.is_empty(),
+            forward.ports.is_none(),
+            forward.from.is_empty(),
+        ]
+    };
+    let (opener, closer) = (open(later), open(earlier));
+    let narrows = opener
+        .iter()
+        .zip(closer)
+        .any(|(later, earlier)| *later && !earlier);
+    let widens = opener
+        .iter()
+        .zip(closer)
+        .any(|(later, earlier)| !*later && earlier);
+    let protocols = earlier.protocols.is_empty()
+        || later.protocols.is_empty()
+        || earlier
+            .protocols
+            .iter()
+            .any(|protocol| later.protocols.contains(protocol));
+    let ports = match (&earlier.ports, &later.ports) {
+        (Some(one), Some(two)) => one.start() <= two.end() && two.start() <= one.end(),
+        _ => true,
+    };
+    let sources = earlier.from.is_empty()
+        || later.from.is_empty()
+        || earlier
             .from
             .iter()
-            .any(|a| later.from.iter().any(|b| a.overlaps(*b)))
-    };
-    earlier.protocol == later.protocol && ports && sources
+            .any(|one| later.from.iter().any(|two| one.overlaps(*two)));
+    let ordered = narrows && !widens;
+    protocols && ports && sources && !ordered
 }

@@ -1,24 +1,27 @@
 //! Turns the wheel: observe, look at the links, plan, apply, and look again, until the kernel holds
 //! what it should. A call is only a trigger; under the lock the kernel is the truth.
 
+use std::fs;
 use std::io::{Write, stdout};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use log::{Level, debug, log_enabled, warn};
+use log::{Level, debug, info, log_enabled, warn};
 use nix::unistd::geteuid;
 
 use crate::apply::{Outcome, apply};
-use crate::claim::{self, Looks};
+use crate::claim::{self, Addressed, Looks, Running};
 use crate::command::{Backend, OnError, Tools};
 use crate::config::Config;
+use crate::conntrack::{self, Flow};
 use crate::link::Link;
 use crate::lock::Lock;
 use crate::observed::{self, observe};
 use crate::plan::{Step, plan};
 use crate::request::Request;
-use crate::state::{State, UplinkName};
+use crate::stale;
+use crate::state::{IfName, State, UplinkName};
 
 /// How long one call may take: pppd waits for its hooks' end before it runs them again.
 const LIMIT: Duration = Duration::from_secs(28);
@@ -46,9 +49,9 @@ pub enum Mode {
 pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Result<()> {
     let started = Instant::now();
     if let Some((interface, config)) = request.interface().zip(config)
-        && config.bound_to(interface).is_none()
+        && request.named(config)?.is_empty()
     {
-        debug!("no uplink names {interface}: only orphans are looked for");
+        debug!("no uplink names {interface}: only what the kernel's entries tell is looked for");
         if !geteuid().is_root() {
             return Ok(());
         }
@@ -77,11 +80,12 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
             say_what_stands(&wanted, &steps);
         }
         if mode == Mode::DryRun {
-            return print(&steps);
+            let flows = tracked(&tools, &steps)?;
+            return print(&steps, &stale(config, &looks, &observed, &wanted, &flows));
         }
         // The same steps once more would fail once more.
         if failed.as_ref() == Some(&steps) {
-            return Err(all(&total.errors)).with_context(|| describe(config, &looks));
+            return Err(all(&total.errors)).with_context(|| describe(request, &looks));
         }
         let on_error = if looks.values().any(Option::is_some) {
             OnError::Stop
@@ -95,8 +99,14 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         if !total.errors.is_empty() {
             debug!("{:#}; looking again", all(&total.errors));
             failed = Some(steps);
-        } else if addresses(&aim(request, config, &observed)?.0) == addresses(&looks) {
-            summary(config, &looks, &total, started);
+            continue;
+        }
+        let flows = tracked(&tools, &steps).with_context(named)?;
+        let stale = stale(config, &looks, &observed, &wanted, &flows);
+        end(&tools, &stale).with_context(named)?;
+        total.removed += stale.len();
+        if places(&aim(request, config, &observed)?.0) == places(&looks) {
+            summary(request, &looks, &total, started);
             return Ok(());
         }
     }
@@ -118,7 +128,8 @@ fn aim(request: &Request, config: Option<&Config>, observed: &State) -> Result<(
     let Some(interface) = request.interface() else {
         return Ok((Looks::new(), observed.clone()));
     };
-    let is_up = Link::read(interface)?.is_some_and(|link| link.address([]).is_some());
+    let link = Link::read(interface)?;
+    let is_up = link.is_some_and(|link| link.up && !link.addresses.is_empty());
     if matches!(request, Request::Event(_)) && is_up {
         debug!("{interface} is up: this event is a late one");
         return Ok((Looks::new(), observed.clone()));
@@ -128,16 +139,16 @@ fn aim(request: &Request, config: Option<&Config>, observed: &State) -> Result<(
     Ok((looks, claim::without_interface(interface, observed)))
 }
 
-fn addresses(looks: &Looks) -> Vec<(&UplinkName, Option<Ipv4Addr>)> {
-    let address = |(name, link)| {
-        (
-            name,
-            Option::map(link, |link: claim::Carrying| link.address),
-        )
-    };
+/// Where the links are, and for which addresses entries were made.
+fn places(looks: &Looks) -> Vec<(&UplinkName, Option<(&IfName, Ipv4Addr)>)> {
     looks
         .iter()
-        .map(|(name, link)| address((name, *link)))
+        .map(|(name, link)| {
+            (
+                name,
+                link.as_ref().map(|link| (&link.interface, link.address)),
+            )
+        })
         .collect()
 }
 
@@ -164,9 +175,54 @@ fn say_what_stands(wanted: &State, steps: &[Step]) {
     }
 }
 
-fn print(steps: &[Step]) -> Result<()> {
+/// The connections that are tracked, if these steps can leave some behind that contradict them.
+fn tracked(tools: &Tools, steps: &[Step]) -> Result<Vec<Flow>> {
+    // The kernel's own count saves a process where there is none (nf_conntrack-sysctl.rst).
+    let count =
+        fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").unwrap_or_default();
+    if !stale::leaves_some(steps) || count.trim() == "0" {
+        return Ok(Vec::new());
+    }
+    let Some(listing) = tools.conntrack_list()? else {
+        info!(
+            "conntrack is not installed: connections from before this change keep their ways (apt-get install conntrack)"
+        );
+        return Ok(Vec::new());
+    };
+    Ok(conntrack::parse(&listing))
+}
+
+fn stale<'a>(
+    config: Option<&Config>,
+    looks: &Looks,
+    observed: &State,
+    wanted: &State,
+    flows: &'a [Flow],
+) -> Vec<&'a Flow> {
+    config
+        .map(|config| stale::stale(config, looks, observed, wanted, flows))
+        .unwrap_or_default()
+}
+
+/// Deletes connections, so that their next packets are judged anew.
+fn end(tools: &Tools, flows: &[&Flow]) -> Result<()> {
+    if flows.is_empty() {
+        return Ok(());
+    }
+    tools.conntrack_delete(
+        &flows
+            .iter()
+            .map(|flow| format!("{flow}\n"))
+            .collect::<String>(),
+    )?;
+    flows.iter().for_each(|flow| info!("conntrack {flow}"));
+    Ok(())
+}
+
+fn print(steps: &[Step], flows: &[&Flow]) -> Result<()> {
     let commands = steps.iter().flat_map(Step::commands);
     let mut text: String = commands.map(|command| format!("{command}\n")).collect();
+    text.extend(flows.iter().map(|flow| format!("conntrack {flow}\n")));
     if text.is_empty() {
         text.push_str("# nothing to change\n");
     }
@@ -181,19 +237,30 @@ fn all(errors: &[Error]) -> Error {
     anyhow!(texts.join("; "))
 }
 
-/// `isp0 up on ppp0 203.0.113.10, isp1 down on ppp1`
-fn describe(config: Option<&Config>, looks: &Looks) -> String {
-    let each = looks.iter().map(|(name, link)| {
-        let way = if link.is_some() { "up" } else { "down" };
-        let uplink = config.and_then(|config| config.uplinks.get(name));
-        let on = uplink.map(|uplink| format!(" on {}", uplink.interface));
-        let address = link.map(|link| format!(" {}", link.address));
-        format!(
-            "{name} {way}{}{}",
-            on.unwrap_or_default(),
-            address.unwrap_or_default()
-        )
-    });
+/// `isp0 up on ppp0 203.0.113.10, isp1 down`
+fn describe(request: &Request, looks: &Looks) -> String {
+    let each = looks
+        .iter()
+        .map(|(name, link)| match (link, request.interface()) {
+            (
+                Some(Addressed {
+                    interface,
+                    address,
+                    running,
+                    ..
+                }),
+                _,
+            ) => {
+                let way = if *running == Running::Yes {
+                    "up"
+                } else {
+                    "about to be up"
+                };
+                format!("{name} {way} on {interface} {address}")
+            }
+            (None, Some(interface)) => format!("{name} down on {interface}"),
+            (None, None) => format!("{name} down"),
+        });
     let text = each.collect::<Vec<_>>().join(", ");
     if text.is_empty() {
         "orphans".into()
@@ -203,11 +270,11 @@ fn describe(config: Option<&Config>, looks: &Looks) -> String {
 }
 
 /// `isp0 up on ppp0 203.0.113.10: 9 added, 0 removed, 6 ms`
-fn summary(config: Option<&Config>, looks: &Looks, outcome: &Outcome, started: Instant) {
+fn summary(request: &Request, looks: &Looks, outcome: &Outcome, started: Instant) {
     let Outcome { added, removed, .. } = outcome;
     let text = format!(
         "{}: {added} added, {removed} removed, {} ms",
-        describe(config, looks),
+        describe(request, looks),
         started.elapsed().as_millis()
     );
     let quiet = looks.is_empty() && added + removed == 0;

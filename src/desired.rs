@@ -2,45 +2,63 @@
 //! Pure; does not look at what is.
 
 use std::fmt::{self, Write};
-use std::net::Ipv4Addr;
 
-use crate::config::{Config, Forward, Routing, Uplink};
-use crate::iptables::loose_note;
+use crate::claim::{Addressed, Running};
+use crate::config::{Config, Forward, Protocol, Routing, Uplink};
+use crate::iptables::{GRE, loose_note};
 use crate::state::{
     CLOSING_METRIC, FwMark, Loose, Route, RouteRule, Rulespec, Share, State, Table, TableId,
     UplinkName,
 };
 
-/// An uplink whose link is up.
+/// An uplink whose link is up, or about to be.
 #[derive(Debug)]
 pub struct Up<'a> {
     /// Its name.
     pub name: &'a UplinkName,
     /// Its configuration.
     pub uplink: &'a Uplink,
-    /// The link's address.
-    pub address: Ipv4Addr,
-    /// What `rp_filter` of the interface was, where it is strict, or was until we loosened it.
-    pub strict: Option<u8>,
+    /// Its link.
+    pub link: &'a Addressed,
 }
 
-/// All entries for this uplink. One without a routing table only masquerades.
+/// All entries for this uplink. One without a routing table only masquerades and clamps.
 pub fn desired(config: &Config, up: &Up) -> State {
     let mut state = State::default();
     let mut mangle = Share::default();
     let mut nat = Share::default();
+    let mut filter = Share::default();
     if let Some(routing) = &up.uplink.routing {
         routes(up, routing, &mut state);
         route_rules(config, up, routing, &mut state);
+        pins(config, up, routing, &mut state);
         connmark(config, up, routing, &mut mangle);
-        if let Some(before) = up.strict.filter(|_| !up.uplink.forwards.is_empty()) {
+    }
+    if !up.uplink.forwards.is_empty() {
+        if let Some(before) = up.link.strict {
             loosen(up, before, &mut state, &mut mangle);
         }
+        forwards(up, &mut nat);
+        if up.uplink.hairpin {
+            hairpin(config, up, &mut nat);
+        }
+        if up.uplink.accept_forward {
+            accept_forward(config, up, &mut filter);
+        }
     }
-    forwards(up, &mut nat);
-    masquerade(config, up, &mut nat);
-    state.insert((Table::Mangle, up.name.clone()), mangle);
-    state.insert((Table::Nat, up.name.clone()), nat);
+    if up.uplink.masquerade {
+        masquerade(config, up, &mut nat);
+    }
+    if up.uplink.clamp_mss {
+        clamp_mss(up, &mut mangle);
+    }
+    for (table, share) in [
+        (Table::Mangle, mangle),
+        (Table::Nat, nat),
+        (Table::Filter, filter),
+    ] {
+        state.insert((table, up.name.clone()), share);
+    }
     state
 }
 
@@ -60,13 +78,15 @@ fn routes(up: &Up, routing: &Routing, state: &mut State) {
         dev: None,
         rest: Vec::new(),
     };
-    let dev = Some(up.uplink.interface.to_string());
-    state.routes.insert(Route {
-        metric: 0,
-        kind: None,
-        dev,
-        ..closing.clone()
-    });
+    if up.link.running == Running::Yes {
+        let dev = Some(up.link.interface.to_string());
+        state.routes.insert(Route {
+            metric: 0,
+            kind: None,
+            dev,
+            ..closing.clone()
+        });
+    }
     state.routes.insert(closing);
 }
 
@@ -78,7 +98,7 @@ fn routes(up: &Up, routing: &Routing, state: &mut State) {
 ///
 /// The first lets X answer the LAN itself: all of the main table but its default route.
 fn route_rules(config: &Config, up: &Up, routing: &Routing, state: &mut State) {
-    let from = Some(up.address.to_string());
+    let from = Some(up.link.address.to_string());
     state.rules.insert(RouteRule {
         from: from.clone(),
         suppress_prefixlength: Some(0),
@@ -95,6 +115,38 @@ fn route_rules(config: &Config, up: &Up, routing: &Routing, state: &mut State) {
         from,
         ..RouteRule::new(config.priority.source, routing.table)
     });
+}
+
+/// ```text
+/// 98:  from PIN iif eth1 lookup main suppress_prefixlength 0 protocol 109
+/// 101: from PIN iif eth1 lookup 10 protocol 109
+/// ```
+///
+/// Behind the rule by mark: what came to the host by another uplink goes back there. The first lets
+/// the host reach what is no default route's: the LANs, and what lies behind their routers.
+fn pins(config: &Config, up: &Up, routing: &Routing, state: &mut State) {
+    for pin in &up.uplink.pin {
+        // As the kernel lists it: an address without its length.
+        let from = Some(if pin.prefix() == 32 {
+            pin.ip().to_string()
+        } else {
+            pin.to_string()
+        });
+        for iif in &config.lan.interfaces {
+            let iif = Some(iif.to_string());
+            state.rules.insert(RouteRule {
+                from: from.clone(),
+                iif: iif.clone(),
+                suppress_prefixlength: Some(0),
+                ..RouteRule::new(config.priority.local, TableId::MAIN)
+            });
+            state.rules.insert(RouteRule {
+                from: from.clone(),
+                iif,
+                ..RouteRule::new(config.priority.pin, routing.table)
+            });
+        }
+    }
 }
 
 /// ```text
@@ -144,7 +196,7 @@ impl fmt::Display for Match {
 fn loosen(up: &Up, before: u8, state: &mut State, mangle: &mut Share) {
     let loose = Loose {
         uplink: up.name.clone(),
-        interface: up.uplink.interface.clone(),
+        interface: up.link.interface.clone(),
         before,
     };
     mangle
@@ -159,60 +211,129 @@ fn loosen(up: &Up, before: u8, state: &mut State, mangle: &mut Share) {
 /// -A mh-isp0 -p tcp -m tcp --dport 80 -j DNAT --to-destination 192.168.0.2
 /// ```
 fn forwards(up: &Up, nat: &mut Share) {
-    if up.uplink.forwards.is_empty() {
-        return;
-    }
     nat.entries.push(jump(up));
     let mut rules = Vec::new();
     for forward in &up.uplink.forwards {
-        if forward.from.is_empty() {
-            rules.push(dnat(forward, None));
+        let sources: Vec<String> = forward
+            .from
+            .iter()
+            .map(|from| format!("-s {from} "))
+            .collect();
+        let protocols: Vec<String> = forward
+            .protocols
+            .iter()
+            .map(|protocol| matches(*protocol, forward))
+            .collect();
+        let any = [String::new()];
+        for source in if sources.is_empty() {
+            &any[..]
+        } else {
+            &sources
+        } {
+            for protocol in if protocols.is_empty() {
+                &any[..]
+            } else {
+                &protocols
+            } {
+                let mut spec = format!("{source}{protocol}-j DNAT --to-destination {}", forward.to);
+                if let Some(port) = forward.to_port {
+                    // Writing to a String can't fail.
+                    let _ = write!(spec, ":{port}");
+                }
+                rules.push(Rulespec(spec));
+            }
         }
-        rules.extend(
-            forward
-                .from
-                .iter()
-                .map(|from| dnat(forward, Some(&from.to_string()))),
-        );
     }
     nat.chain = Some(rules);
 }
 
-/// `-s 198.51.100.0/24 -p tcp -m tcp --dport 2222 -j DNAT --to-destination 192.168.0.2:22`
-fn dnat(forward: &Forward, from: Option<&str>) -> Rulespec {
-    let mut spec = String::new();
-    let Forward {
-        protocol,
-        ports,
-        to,
-        to_port,
-        ..
-    } = forward;
-    // Writing to a String can't fail.
-    if let Some(from) = from {
-        let _ = write!(spec, "-s {from} ");
+/// `-p tcp -m tcp --dport 80 `, `-p udp -m udp --dport 27015:27030 `, `-p esp `
+fn matches(protocol: Protocol, forward: &Forward) -> String {
+    match &forward.ports {
+        // Its name is known to iptables from /etc/protocols only, which need not be there.
+        None if protocol == Protocol::Gre => format!("-p {GRE} "),
+        None => format!("-p {protocol} "),
+        Some(ports) if ports.start() == ports.end() => {
+            format!("-p {protocol} -m {protocol} --dport {} ", ports.start())
+        }
+        Some(ports) => format!(
+            "-p {protocol} -m {protocol} --dport {}:{} ",
+            ports.start(),
+            ports.end()
+        ),
     }
-    let _ = write!(
-        spec,
-        "-p {protocol} -m {protocol} --dport {}",
-        ports.start()
-    );
-    if ports.start() != ports.end() {
-        let _ = write!(spec, ":{}", ports.end());
+}
+
+/// ```text
+/// -A PREROUTING -d X/32 -i eth1 -j mh-isp0
+/// -A POSTROUTING -s LAN -o eth1 -m conntrack --ctstate DNAT --ctorigdst X -m comment --comment mh-isp0 -j MASQUERADE
+/// ```
+///
+/// The second makes the server answer to the router, which turns the reply round again; to a host
+/// of its own LAN it would answer directly, from an address that was never asked.
+fn hairpin(config: &Config, up: &Up, nat: &mut Share) {
+    let (address, chain) = (up.link.address, up.name.chain());
+    for lan in &config.lan.interfaces {
+        let spec = format!("-d {address}/32 -i {lan} -j {chain}");
+        nat.entries.push(("PREROUTING".into(), Rulespec(spec)));
+        for network in &config.lan.networks {
+            let spec = format!(
+                "-s {network} -o {lan} -m conntrack --ctstate DNAT --ctorigdst {address} \
+                 -m comment --comment {chain} -j MASQUERADE"
+            );
+            nat.entries.push(("POSTROUTING".into(), Rulespec(spec)));
+        }
     }
-    let _ = write!(spec, " -j DNAT --to-destination {to}");
-    if let Some(port) = to_port {
-        let _ = write!(spec, ":{port}");
+}
+
+/// ```text
+/// -I FORWARD -i ppp0 -m conntrack --ctstate DNAT -m comment --comment mh-isp0 -j ACCEPT
+/// -I FORWARD -o ppp0 -m conntrack --ctstate DNAT -m comment --comment mh-isp0 -j ACCEPT
+/// -I FORWARD -i eth1 -m conntrack --ctstate DNAT --ctorigdst X -m comment --comment mh-isp0 -j ACCEPT
+/// ```
+///
+/// The last is for a hairpin, whose packets come from the LAN in both directions.
+fn accept_forward(config: &Config, up: &Up, filter: &mut Share) {
+    let Addressed {
+        interface, address, ..
+    } = up.link;
+    let mut accept = |which: String| {
+        let spec = format!("{which} -m comment --comment {} -j ACCEPT", up.name.chain());
+        filter.entries.push(("FORWARD".into(), Rulespec(spec)));
+    };
+    accept(format!("-i {interface} -m conntrack --ctstate DNAT"));
+    accept(format!("-o {interface} -m conntrack --ctstate DNAT"));
+    for lan in config.lan.interfaces.iter().filter(|_| up.uplink.hairpin) {
+        accept(format!(
+            "-i {lan} -m conntrack --ctstate DNAT --ctorigdst {address}"
+        ));
     }
-    Rulespec(spec)
+}
+
+/// ```text
+/// -A FORWARD -o ppp0 -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment mh-isp0 -j TCPMSS --clamp-mss-to-pmtu
+/// -A FORWARD -i ppp0 -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment mh-isp0 -j TCPMSS --clamp-mss-to-pmtu
+/// ```
+///
+/// Both directions: each end is told by the other's SYN what it may send, and the target takes the
+/// smaller MTU of the two ways (`tcpmss_mangle_packet`, net/netfilter/xt_TCPMSS.c).
+fn clamp_mss(up: &Up, mangle: &mut Share) {
+    for way in ["-i", "-o"] {
+        let spec = format!(
+            "{way} {} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {} -j TCPMSS --clamp-mss-to-pmtu",
+            up.link.interface,
+            up.name.chain()
+        );
+        mangle.entries.push(("FORWARD".into(), Rulespec(spec)));
+    }
 }
 
 /// `-A POSTROUTING -s 192.168.0.0/24 -o ppp0 -m comment --comment mh-isp0 -j MASQUERADE`
 fn masquerade(config: &Config, up: &Up, nat: &mut Share) {
-    for network in config.lan.networks.iter().filter(|_| up.uplink.masquerade) {
+    for network in &config.lan.networks {
         let spec = format!(
             "-s {network} -o {} -m comment --comment {} -j MASQUERADE",
-            up.uplink.interface,
+            up.link.interface,
             up.name.chain()
         );
         nat.entries.push(("POSTROUTING".into(), Rulespec(spec)));
@@ -221,6 +342,6 @@ fn masquerade(config: &Config, up: &Up, nat: &mut Share) {
 
 /// `-A PREROUTING -i ppp0 -j mh-isp0`
 fn jump(up: &Up) -> (String, Rulespec) {
-    let spec = format!("-i {} -j {}", up.uplink.interface, up.name.chain());
+    let spec = format!("-i {} -j {}", up.link.interface, up.name.chain());
     ("PREROUTING".into(), Rulespec(spec))
 }

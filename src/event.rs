@@ -8,11 +8,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::config::Identity;
 use crate::state::IfName;
 
 /// Whether a link came or went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
+    /// `ip-pre-up`: the interface has its address, but carries nothing yet; pppd waits for its hooks.
+    PreUp,
     /// `ip-up`.
     Up,
     /// `ip-down`.
@@ -22,6 +25,7 @@ pub enum Direction {
 impl fmt::Display for Direction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::PreUp => "pre-up",
             Self::Up => "up",
             Self::Down => "down",
         })
@@ -32,6 +36,7 @@ impl Direction {
     /// The direction that an argument names.
     pub fn parse(text: &OsStr) -> Option<Self> {
         match text.to_str()? {
+            "pre-up" => Some(Self::PreUp),
             "up" => Some(Self::Up),
             "down" => Some(Self::Down),
             _ => None,
@@ -39,9 +44,10 @@ impl Direction {
     }
 
     /// The direction that the folder of the called program names: the program may stand, or be
-    /// linked, in /etc/ppp/ip-up.d and /etc/ppp/ip-down.d under any name that run-parts takes.
+    /// linked, in /etc/ppp/ip-up.d and its kin under any name that run-parts takes.
     pub fn from_folder(program: &Path) -> Option<Self> {
         match program.parent()?.file_name()?.to_str()? {
+            "ip-pre-up.d" => Some(Self::PreUp),
             "ip-up.d" => Some(Self::Up),
             "ip-down.d" => Some(Self::Down),
             _ => None,
@@ -57,14 +63,17 @@ pub struct Event {
     pub direction: Direction,
     /// The interface.
     pub interface: IfName,
+    /// What tells whose link it is.
+    pub identity: Identity,
     /// The address that pppd gave it: which one to take where it has several.
     pub local: Option<Ipv4Addr>,
 }
 
 impl Event {
     /// The event in the arguments that pppd gives its scripts (`pppd(8)`, SCRIPTS): interface, tty,
-    /// speed, local address, remote address, ipparam. The interface argument is always there; the
-    /// environment fills in for those who call with less.
+    /// speed, local address, remote address, ipparam; `LINKNAME` and `CALL_FILE` come in the
+    /// environment. The interface argument is always there; the environment fills in for those who
+    /// call with less.
     ///
     /// # Errors
     /// No interface, or one that can't be ours; an address that is none, on the way up. On the way
@@ -76,7 +85,7 @@ impl Event {
         };
         let local = match direction {
             Direction::Down => None,
-            Direction::Up => match local_from_environment()? {
+            Direction::PreUp | Direction::Up => match local_from_environment()? {
                 Some(local) => Some(local),
                 None => args
                     .get(3)
@@ -85,9 +94,21 @@ impl Event {
                     .transpose()?,
             },
         };
+        // Debian's ip-up repeats the sixth argument as PPP_IPPARAM, and hands it on only where the
+        // hook is run with all of them.
+        let ipparam = args.get(5).filter(|arg| !arg.is_empty()).cloned();
+        let text =
+            |value: Option<OsString>| value.map(|value| value.to_string_lossy().into_owned());
+        let identity = Identity {
+            interface: Some(interface.clone()),
+            ipparam: text(ipparam.or_else(|| variable("PPP_IPPARAM"))),
+            linkname: text(variable("LINKNAME")),
+            peer: text(variable("CALL_FILE")),
+        };
         Ok(Self {
             direction,
             interface,
+            identity,
             local,
         })
     }

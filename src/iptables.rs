@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::net::Ipv4Addr;
+use std::ops::RangeInclusive;
 
 use anyhow::{Context, Result};
+use ipnetwork::Ipv4Network;
 
 use crate::plan::{Change, Step};
 use crate::state::{FwMark, Loose, PREFIX, Rulespec, Share, Table, UplinkName};
@@ -78,7 +81,10 @@ fn entry(
     Ok(())
 }
 
-/// The words of a rule: iptables-save puts words with other than plain characters in double quotes
+/// The number of GRE (RFC 2784), which iptables-save prints as a name where it finds one.
+pub const GRE: &str = "47";
+
+/// The words of a rule, in the one form that we compare: iptables-save puts words with other than plain characters in double quotes
 /// and escapes quotes and backslashes in them (`xtables_save_string`, libxtables/xtables.c).
 pub fn words(text: &str) -> Result<Vec<String>> {
     let mut words = Vec::new();
@@ -94,6 +100,9 @@ pub fn words(text: &str) -> Result<Vec<String>> {
                 Some(c) => word.push(c),
                 None => anyhow::bail!("a quote is not closed"),
             }
+        }
+        if word == "gre" && words.last().is_some_and(|last| last == "-p") {
+            GRE.clone_into(&mut word);
         }
         if quoted || !word.is_empty() {
             words.push(word);
@@ -143,12 +152,53 @@ pub fn connmark(spec: &Rulespec) -> Option<FwMark> {
     })
 }
 
+/// A DNAT rule of an uplink's chain, taken apart.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Dnat {
+    /// Its source; none for all.
+    pub from: Option<Ipv4Network>,
+    /// Its protocol, as written; none for all.
+    pub protocol: Option<String>,
+    /// Its destination ports; none for all.
+    pub ports: Option<RangeInclusive<u16>>,
+    /// The host it sends to.
+    pub to: Ipv4Addr,
+    /// The port there, where it is another.
+    pub to_port: Option<u16>,
+}
+
+/// The rule as a DNAT, if it is one of the form that we write.
+pub fn dnat(spec: &Rulespec) -> Option<Dnat> {
+    let destination = option(spec, "--to-destination")?;
+    let (to, to_port) = match destination.split_once(':') {
+        Some((to, port)) => (to, Some(port.parse().ok()?)),
+        None => (destination, None),
+    };
+    let ports = match option(spec, "--dport")
+        .map(|ports| ports.split_once(':').unwrap_or((ports, ports)))
+    {
+        Some((first, last)) => Some(first.parse().ok()?..=last.parse().ok()?),
+        None => None,
+    };
+    let from = match option(spec, "-s") {
+        Some(from) => Some(from.parse().ok()?),
+        None => None,
+    };
+    Some(Dnat {
+        from,
+        protocol: option(spec, "-p").map(str::to_owned),
+        ports,
+        to: to.parse().ok()?,
+        to_port,
+    })
+}
+
 /// The interface of the uplink that an entry of ours belongs to: of the jump to its chain, and of
-/// its masquerade.
+/// its masquerade. The jump and the masquerade of a hairpin, from LAN to LAN, name an address, too.
 pub fn interface(spec: &Rulespec) -> Option<&str> {
     match option(spec, "-j")? {
-        "MASQUERADE" => option(spec, "-o"),
-        target if target.starts_with(PREFIX) => option(spec, "-i"),
+        "MASQUERADE" if option(spec, "--ctorigdst").is_none() => option(spec, "-o"),
+        target if target.starts_with(PREFIX) && option(spec, "-d").is_none() => option(spec, "-i"),
         _ => None,
     }
 }
@@ -172,12 +222,23 @@ pub fn parse_loose_note(spec: &Rulespec) -> Option<u8> {
 
 const NOTE: &str = " rp_filter was ";
 
+/// How an entry comes into a chain of others, or goes. In the filter table it comes ahead of all that
+/// stands there, since what accepts is of no use behind what drops.
+pub fn entry_flag(change: Change, table: Table) -> &'static str {
+    match (change, table) {
+        (Change::Delete, _) => "-D",
+        (_, Table::Filter) => "-I",
+        (_, Table::Mangle | Table::Nat) => "-A",
+    }
+}
+
 /// The lines for iptables-restore that carry out a step on a table.
 pub fn restore_lines(step: &Step, out: &mut String) {
     // Writing to a String can't fail.
     let _ = match step {
-        Step::Entry(Change::Add, _, chain, spec) => writeln!(out, "-A {chain} {}", spec.0),
-        Step::Entry(_, _, chain, spec) => writeln!(out, "-D {chain} {}", spec.0),
+        Step::Entry(change, table, chain, spec) => {
+            writeln!(out, "{} {chain} {}", entry_flag(*change, *table), spec.0)
+        }
         Step::Chain {
             uplink,
             before,

@@ -46,12 +46,8 @@ impl Link {
         Ok(link)
     }
 
-    /// The address that entries should be for, if the link can carry traffic: the first of
-    /// `preferred` that it has, else its first.
+    /// The address that entries should be for: the first of `preferred` that it has, else its first.
     pub fn address(&self, preferred: impl IntoIterator<Item = Ipv4Addr>) -> Option<Ipv4Addr> {
-        if !self.up {
-            return None;
-        }
         let wanted = preferred
             .into_iter()
             .find(|address| self.addresses.contains(address));

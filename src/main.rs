@@ -14,7 +14,7 @@ use mh_hook::config::{self, Config};
 use mh_hook::converge::{Mode, converge};
 use mh_hook::event::{self, Direction, Event};
 use mh_hook::request::Request;
-use mh_hook::state::{IfName, check_local};
+use mh_hook::state::{IfName, UplinkName, check_local};
 
 const HELP: &str = "\
 mh-hook: multi-homing for a router with several PPPoE links
@@ -25,17 +25,19 @@ Commands:
   up [IFNAME]            bring the interface's uplink to its desired state
   down [IFNAME]          remove that uplink's entries, and nothing else
   sync                   bring every uplink to what its link's state asks for
-  event up|down ARGS...  what pppd's hooks call, with all of pppd's arguments
+  event pre-up|up|down ARGS...
+                         what pppd's hooks call, with all of pppd's arguments
 
 IFNAME is taken from the environment where it is not given, the address of the
 link from --local, else from IPLOCAL in the environment, else from the kernel.
-A program of any name in ip-up.d or ip-down.d that is mh-hook, or a link to it,
-does the same as event up or event down.
+A program of any name in ip-pre-up.d, ip-up.d or ip-down.d that is mh-hook, or a
+link to it, does the same as event.
 
 Options:
       --config FILE  the configuration [default: /etc/mh-hook.toml]
       --dry-run      print the plan as commands to be pasted, change nothing
       --local ADDR   the link's address, with up
+      --uplink NAME  whose link it is, with up, where nothing else tells
   -v, --verbose      say what was looked at, too
   -q, --quiet        say errors only
   -h, --help         print this
@@ -56,6 +58,7 @@ struct Arguments {
 enum Command {
     Up {
         interface: Option<OsString>,
+        uplink: Option<OsString>,
         local: Option<OsString>,
     },
     Down {
@@ -124,6 +127,9 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     if let (Some(local), Some(config)) = (request.local(), &config) {
         check_local(local, &config.lan.networks).map_err(Failure::Usage)?;
     }
+    if let Some(config) = &config {
+        request.named(config).map_err(Failure::Usage)?;
+    }
     converge(&request, config.as_ref(), arguments.mode).map_err(Failure::Kernel)
 }
 
@@ -135,14 +141,17 @@ fn request(command: Command) -> Result<Request> {
     Ok(match command {
         Command::Up {
             interface: name,
+            uplink,
             local,
         } => {
             let local: Option<Ipv4Addr> = match local {
                 Some(text) => Some(event::address(&text).context("--local")?),
                 None => event::local_from_environment()?,
             };
+            let uplink = uplink.map(|name| UplinkName::parse(&name.to_string_lossy()));
             Request::Up {
                 interface: interface(name)?,
+                uplink: uplink.transpose()?,
                 local,
             }
         }
@@ -173,12 +182,13 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Arguments> {
     }
     let mut parser = lexopt::Parser::from_iter(args);
     let mut words: Vec<OsString> = Vec::new();
-    let mut local = None;
+    let (mut local, mut uplink) = (None, None);
     while let Some(arg) = parser.next()? {
         match arg {
             Arg::Long("config") => arguments.config_path = parser.value()?.into(),
             Arg::Long("dry-run") => arguments.mode = Mode::DryRun,
             Arg::Long("local") => local = Some(parser.value()?),
+            Arg::Long("uplink") => uplink = Some(parser.value()?),
             Arg::Short('v') | Arg::Long("verbose") => arguments.level = LevelFilter::Debug,
             Arg::Short('q') | Arg::Long("quiet") => arguments.level = LevelFilter::Error,
             Arg::Short('h') | Arg::Long("help") => {
@@ -204,6 +214,7 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Arguments> {
     arguments.command = match command.to_str() {
         Some("up") => Command::Up {
             interface: words.next(),
+            uplink: uplink.take(),
             local: local.take(),
         },
         Some("down") => Command::Down {
@@ -211,9 +222,9 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Arguments> {
         },
         Some("sync") => Command::Sync,
         Some("event") => {
-            let direction = words.next().context("event what? up or down")?;
+            let direction = words.next().context("event what? pre-up, up or down")?;
             let direction = Direction::parse(&direction)
-                .with_context(|| format!("event {direction:?}: it is up or down"))?;
+                .with_context(|| format!("event {direction:?}: it is pre-up, up or down"))?;
             Command::Event {
                 direction,
                 args: words.by_ref().collect(),
@@ -224,8 +235,8 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Arguments> {
     if let Some(word) = words.next() {
         bail!("unexpected argument {word:?}");
     }
-    if local.is_some() {
-        bail!("--local goes with up");
+    if local.is_some() || uplink.is_some() {
+        bail!("--local and --uplink go with up");
     }
     Ok(arguments)
 }

@@ -99,11 +99,7 @@ impl Step {
                 commands
             }
             Self::Entry(change, table, chain, spec) => {
-                let flag = if *change == Change::Delete {
-                    "-D"
-                } else {
-                    "-A"
-                };
+                let flag = iptables::entry_flag(*change, *table);
                 vec![Command::chain(*table, flag, chain, Some(spec))]
             }
             Self::Route(change, route) => {

@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::Ipv4Addr;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::claim::{self, Carrying, Looks};
+use crate::claim::{self, Addressed, Looks, Running};
 use crate::config::{Config, Uplink};
 use crate::event::{Direction, Event};
 use crate::link::{self, Link};
@@ -19,6 +19,8 @@ pub enum Request {
     Up {
         /// The interface.
         interface: IfName,
+        /// Whose link it is, where neither the configuration nor what stands in the kernel tells.
+        uplink: Option<UplinkName>,
         /// Its address, where it is not to be asked of the kernel.
         local: Option<Ipv4Addr>,
     },
@@ -72,50 +74,167 @@ impl Request {
         }
     }
 
-    /// How the links of the uplinks in question are now. Those whose entries still name the
-    /// interface, though the configuration no longer does, are in question too.
+    /// The uplinks that the configuration, by itself, says this is for.
     ///
     /// # Errors
-    /// By hand, a link that is not up or has no address; any address that can't be an uplink's.
-    pub fn look(&self, config: &Config, observed: &State) -> Result<Looks> {
-        let names: BTreeSet<UplinkName> = match self.interface() {
-            None => config.uplinks.keys().cloned().collect(),
-            Some(interface) => {
-                let bound = claim::bound_to(interface, observed);
-                bound
-                    .into_iter()
-                    .chain(config.bound_to(interface).cloned())
-                    .collect()
+    /// Two that one call of pppd matches; an uplink given by hand that is not there or is elsewhere.
+    pub fn named<'a>(&self, config: &'a Config) -> Result<Vec<&'a UplinkName>> {
+        let interface = match self {
+            Self::Sync => return Ok(config.uplinks.keys().collect()),
+            Self::Event(event) => {
+                let matching = config.matching(&event.identity);
+                if let [one, two, ..] = matching[..] {
+                    bail!(
+                        "{one} and {two} both match this call for {}: give one of them what the other has not",
+                        event.interface
+                    );
+                }
+                return Ok(matching);
             }
+            Self::Up {
+                interface,
+                uplink: Some(name),
+                ..
+            } => {
+                let known = config.uplinks.get_key_value(name);
+                let (name, uplink) =
+                    known.with_context(|| format!("there is no [uplink.{name}]"))?;
+                if let Some(other) = uplink
+                    .identity
+                    .interface
+                    .as_ref()
+                    .filter(|other| *other != interface)
+                {
+                    bail!("{name} is bound to {other}, not to {interface}");
+                }
+                return Ok(vec![name]);
+            }
+            Self::Up { interface, .. } | Self::Down { interface } => interface,
         };
-        let uplinks = names
-            .iter()
-            .filter_map(|name| config.uplinks.get_key_value(name));
-        uplinks
-            .map(|(name, uplink)| {
-                let address = self
-                    .address(uplink, observed)
-                    .with_context(|| name.to_string())?;
-                let Some(address) = address else {
-                    return Ok((name.clone(), None));
-                };
-                check_local(address, &config.lan.networks)
-                    .with_context(|| format!("{name} on {}", uplink.interface))?;
-                let strict = strict(&uplink.interface, observed)?;
-                Ok((name.clone(), Some(Carrying { address, strict })))
-            })
-            .collect()
+        let uplinks = config.uplinks.iter();
+        let named =
+            uplinks.filter(|(_, uplink)| uplink.identity.interface.as_ref() == Some(interface));
+        Ok(named.map(|(name, _)| name).collect())
     }
 
-    /// The address that the uplink's entries should be for; none where it should have none.
-    fn address(&self, uplink: &Uplink, observed: &State) -> Result<Option<Ipv4Addr>> {
-        let interface = &uplink.interface;
+    /// How the links of the uplinks in question are now. Those whose entries name the interface are
+    /// in question too: it is theirs no longer, or by hand, where pppd does not say whose it is, still.
+    ///
+    /// # Errors
+    /// By hand, a link that is not up or has no address, or that may be one of several; any address
+    /// that can't be an uplink's.
+    pub fn look(&self, config: &Config, observed: &State) -> Result<Looks> {
+        let mut chosen: BTreeSet<UplinkName> = self.named(config)?.into_iter().cloned().collect();
+        let mut names = chosen.clone();
+        if let Some(interface) = self.interface() {
+            let bound = claim::bound_to(interface, observed).into_iter();
+            let bound: BTreeSet<_> = bound
+                .filter(|name| config.uplinks.contains_key(name))
+                .collect();
+            names.extend(bound.iter().cloned());
+            if let Self::Up { uplink: None, .. } = self {
+                // An uplink by that name alone is sure; else what stands tells.
+                let sure =
+                    |name: &&UplinkName| config.uplinks[*name].identity.interface_alone().is_some();
+                if !chosen.iter().any(|name| sure(&name)) && !bound.is_empty() {
+                    chosen = bound;
+                }
+                let mut several = chosen.iter();
+                if let (Some(one), Some(two)) = (several.next(), several.next()) {
+                    bail!("{interface} can be {one} or {two}: say which, as in --uplink {one}");
+                }
+            }
+        }
+        if let (Self::Up { interface, .. }, true) = (self, chosen.is_empty()) {
+            let mut unplaced = config
+                .uplinks
+                .iter()
+                .filter(|(_, uplink)| uplink.identity.interface.is_none());
+            if let Some((name, _)) = unplaced.next() {
+                log::warn!(
+                    "nothing tells whose link {interface} is: if it is {name}'s, say --uplink {name}"
+                );
+            }
+        }
+        let mut looks = Looks::new();
+        for (name, uplink) in names
+            .iter()
+            .filter_map(|name| config.uplinks.get_key_value(name))
+        {
+            let interface = self.place(name, uplink, chosen.contains(name), observed);
+            let link = match interface {
+                Some(interface) => self
+                    .addressed(&interface, uplink, config, observed)
+                    .with_context(|| name.to_string())?,
+                None => None,
+            };
+            looks.insert(name.clone(), link);
+        }
+        Ok(looks)
+    }
+
+    /// The interface to look at for an uplink in question; none where it has none now.
+    fn place(
+        &self,
+        name: &UplinkName,
+        uplink: &Uplink,
+        is_chosen: bool,
+        observed: &State,
+    ) -> Option<IfName> {
+        match (self.interface(), is_chosen) {
+            (Some(interface), true) => Some(interface.clone()),
+            // Its entries name the interface of a call that is not for it: it may be at its own.
+            (Some(interface), false) => {
+                let own = uplink.identity.interface_alone();
+                own.filter(|own| *own != interface).cloned()
+            }
+            (None, _) => {
+                let alone = uplink.identity.interface_alone().cloned();
+                let fits = |bound: &IfName| {
+                    uplink
+                        .identity
+                        .interface
+                        .as_ref()
+                        .is_none_or(|own| own == bound)
+                };
+                alone.or_else(|| claim::binding(name, uplink, observed).filter(fits))
+            }
+        }
+    }
+
+    /// The link, if the uplink should have entries for it.
+    fn addressed(
+        &self,
+        interface: &IfName,
+        uplink: &Uplink,
+        config: &Config,
+        observed: &State,
+    ) -> Result<Option<Addressed>> {
         let by_hand = matches!(self, Self::Up { .. } | Self::Down { .. })
             && self.interface() == Some(interface);
         if by_hand && self.removes() {
             return Ok(None);
         }
         let link = Link::read(interface)?;
+        if by_hand {
+            let link = link.as_ref();
+            let link = link.with_context(|| {
+                format!("there is no interface {interface}: dial it first, see ip link")
+            })?;
+            ensure!(
+                link.up,
+                "{interface} is down: dial it first, or ip link set {interface} up"
+            );
+        }
+        let Some(link) = link else { return Ok(None) };
+        let running = match self {
+            _ if link.up => Running::Yes,
+            Self::Event(Event {
+                direction: Direction::PreUp,
+                ..
+            }) => Running::NotYet,
+            _ => return Ok(None),
+        };
         // What stands is kept, where a link has several addresses and nobody says which.
         let tables: BTreeSet<TableId> =
             uplink.routing.iter().map(|routing| routing.table).collect();
@@ -123,24 +242,31 @@ impl Request {
             .local()
             .into_iter()
             .chain(claim::sources(observed, &tables));
-        if !by_hand {
-            return Ok(link.and_then(|link| link.address(preferred)));
-        }
-        let link = link.with_context(|| {
-            format!("there is no interface {interface}: dial it first, see ip link")
-        })?;
+        let address = match self.local() {
+            Some(local) if by_hand => {
+                if !link.addresses.contains(&local) {
+                    log::warn!("{interface} does not have the address {local}");
+                }
+                Some(local)
+            }
+            _ => link.address(preferred),
+        };
         ensure!(
-            link.up,
-            "{interface} is down: dial it first, or ip link set {interface} up"
+            address.is_some() || !by_hand,
+            "{interface} has no IPv4 address: is pppd done? see ip address show {interface}, or give --local ADDR"
         );
-        let address = self.local().or_else(|| link.address(preferred));
-        let address = address.with_context(|| {
-            format!("{interface} has no IPv4 address: is pppd done? see ip address show {interface}, or give --local ADDR")
-        })?;
-        if !link.addresses.contains(&address) {
-            log::warn!("{interface} does not have the address {address}");
-        }
-        Ok(Some(address))
+        let Some(address) = address else {
+            return Ok(None);
+        };
+        check_local(address, &config.lan.networks).with_context(|| interface.to_string())?;
+        let strict = strict(interface, observed)?;
+        Ok(Some(Addressed {
+            interface: interface.clone(),
+            address,
+            addresses: link.addresses,
+            running,
+            strict,
+        }))
     }
 }
 

@@ -60,7 +60,8 @@ fn help_names_every_command_and_option() {
         "up [IFNAME]",
         "down [IFNAME]",
         "sync",
-        "event up|down",
+        "event pre-up|up|down",
+        "--uplink NAME",
         "--config FILE",
         "--dry-run",
         "--local ADDR",
@@ -96,7 +97,7 @@ fn bad_usage_is_said_with_status_2() {
         (&["--frob"], "--frob"),
         (
             &["down", "ppp0", "--local", "192.0.2.1"],
-            "--local goes with up",
+            "--local and --uplink go with up",
         ),
         (&["event"], "event what?"),
         (&["event", "sideways", "ppp0"], "sideways"),
@@ -257,6 +258,7 @@ fn a_configuration_that_others_could_have_written_is_refused() {
 fn it_knows_by_the_folder_what_pppd_calls() {
     let folder = Folder::new("folder");
     for (name, words) in [
+        ("ip-pre-up.d", "is not an IPv4 address"),
         ("ip-up.d", "is not an IPv4 address"),
         ("ip-down.d", "is not an interface name"),
     ] {

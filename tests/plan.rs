@@ -1,8 +1,8 @@
 //! Folders of what stands and what is asked, and the plan that must follow.
 //!
 //! Each `tests/plan/NN-name/` holds `config.toml`; `links`, a line for each uplink in question
-//! (`isp0 203.0.113.10`, `isp0 down`; behind an address, the value of a strict rp_filter), or, where
-//! there is no `config.toml`, the interface that goes down; `ip` and `iptables-save`, the listings,
+//! (`isp0 ppp0 203.0.113.10`, `isp0 down`; behind an address, the value of a strict rp_filter, or
+//! `not-yet`), or, where there is no `config.toml`, the interface that goes down; `ip` and `iptables-save`, the listings,
 //! empty where missing; and `plan`, the commands. The steps, carried out on what stands, must leave
 //! nothing to do. `PLAN_WRITE=1 cargo test --test plan` writes the plans anew, for `git diff` to show.
 
@@ -10,7 +10,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-use mh_hook::claim::{self, Carrying, Looks};
+use mh_hook::claim::{self, Addressed, Looks, Running};
 use mh_hook::config::Config;
 use mh_hook::plan::{Change, Step, plan};
 use mh_hook::state::{IfName, Loose, State, Table, UplinkName};
@@ -97,14 +97,20 @@ fn observe(listing: &str, save: &str) -> State {
 
 fn looks(links: &str) -> Looks {
     let look = |line: &str| {
-        let mut words = line.split(' ');
-        let name = words.next().and_then(|name| UplinkName::parse(name).ok());
-        let address = words.next().and_then(|word| word.parse().ok());
-        let strict = words.next().and_then(|word| word.parse().ok());
-        (
-            name.expect("an uplink's name"),
-            address.map(|address| Carrying { address, strict }),
-        )
+        let words: Vec<&str> = line.split(' ').collect();
+        let name = UplinkName::parse(words[0]).expect("an uplink's name");
+        let link = words.get(2).map(|address| Addressed {
+            interface: IfName::parse(words[1]).expect("an interface"),
+            address: address.parse().expect("an address"),
+            addresses: Vec::new(),
+            running: if words.contains(&"not-yet") {
+                Running::NotYet
+            } else {
+                Running::Yes
+            },
+            strict: words.get(3).and_then(|word| word.parse().ok()),
+        });
+        (name, link)
     };
     links.lines().map(look).collect()
 }

@@ -1,0 +1,105 @@
+//! The language of conntrack, both directions: listing to flows, flows to what deletes them.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+
+/// A tracked connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// The protocol's name, as conntrack prints it.
+    pub protocol: String,
+    /// The protocol's number.
+    pub number: u8,
+    /// As its first packet came.
+    pub original: Tuple,
+    /// As replies are expected: what NAT made of the other.
+    pub reply: Tuple,
+    /// Its mark, all bits.
+    pub mark: u32,
+    /// `type`, `code` and `id` of ICMP.
+    icmp: Option<[u16; 3]>,
+}
+
+/// One direction of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuple {
+    /// Where it comes from.
+    pub source: Ipv4Addr,
+    /// Where it goes.
+    pub destination: Ipv4Addr,
+    /// The ports, source and destination, where the protocol has some.
+    pub ports: Option<(u16, u16)>,
+}
+
+/// The flows that `conntrack -L` lists; a line that is none is passed over, since others' helpers
+/// and zones add words of their own.
+pub fn parse(listing: &str) -> Vec<Flow> {
+    listing.lines().filter_map(flow).collect()
+}
+
+/// `udp 17 29 src=192.0.2.9 dst=203.0.113.10 sport=4000 dport=80 [UNREPLIED] src=192.168.0.2 … mark=10 use=1`
+fn flow(line: &str) -> Option<Flow> {
+    let mut words = line.split_ascii_whitespace();
+    let (protocol, number) = (words.next()?.to_owned(), words.next()?.parse().ok()?);
+    let pairs: Vec<(&str, &str)> = words.filter_map(|word| word.split_once('=')).collect();
+    // What is said twice is said of the original direction first.
+    let said = |key: &str, index: usize| {
+        pairs
+            .iter()
+            .filter(|(name, _)| *name == key)
+            .nth(index)
+            .map(|(_, value)| *value)
+    };
+    let tuple = |index| {
+        let ports = said("sport", index).zip(said("dport", index));
+        let ports = ports.and_then(|(source, destination)| {
+            Some((source.parse().ok()?, destination.parse().ok()?))
+        });
+        Some(Tuple {
+            source: said("src", index)?.parse().ok()?,
+            destination: said("dst", index)?.parse().ok()?,
+            ports,
+        })
+    };
+    let number_of = |key| said(key, 0)?.parse().ok();
+    let icmp = number_of("type")
+        .zip(number_of("code"))
+        .zip(number_of("id"));
+    Some(Flow {
+        original: tuple(0)?,
+        reply: tuple(1)?,
+        mark: said("mark", 0)
+            .and_then(|mark| mark.parse().ok())
+            .unwrap_or(0),
+        icmp: icmp.map(|((kind, code), id)| [kind, code, id]),
+        protocol,
+        number,
+    })
+}
+
+/// The arguments that delete this flow and no other: `-D -p udp -s … -d … --sport … --dport …`.
+impl fmt::Display for Flow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Tuple {
+            source,
+            destination,
+            ports,
+        } = self.original;
+        match self.protocol.as_str() {
+            "unknown" => write!(f, "-D -p {}", self.number)?,
+            name => write!(f, "-D -p {name}")?,
+        }
+        write!(
+            f,
+            " -s {source} -d {destination} -r {} -q {}",
+            self.reply.source, self.reply.destination
+        )?;
+        if let Some((source, destination)) = ports {
+            write!(f, " --sport {source} --dport {destination}")?;
+        }
+        if let Some([kind, code, id]) = self.icmp {
+            write!(f, " --icmp-type {kind} --icmp-code {code} --icmp-id {id}")?;
+        }
+        Ok(())
+    }
+}

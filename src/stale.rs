@@ -1,0 +1,160 @@
+//! Connections that began too early, or for a former address: those that contradict what stands
+//! now, and no other. NAT is decided by a connection's first packet, and a mark stays with it; so
+//! what began before a change goes on as before it. Pure.
+
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+
+use ipnetwork::Ipv4Network;
+
+use crate::claim::Looks;
+use crate::config::Config;
+use crate::conntrack::Flow;
+use crate::iptables::{self, Dnat};
+use crate::plan::{Change, Step};
+use crate::state::{FwMark, State, Table, UplinkName};
+
+/// Whether these steps can leave connections behind that contradict them.
+pub fn leaves_some(steps: &[Step]) -> bool {
+    steps.iter().any(|step| match step {
+        Step::Chain { .. } => true,
+        Step::RouteRule(change, rule) => *change == Change::Add && rule.from.is_some(),
+        Step::Route(..) | Step::Entry(..) | Step::RpFilter { .. } => false,
+    })
+}
+
+/// The flows that contradict the change from `observed` to `wanted`. An uplink whose link is gone
+/// has no say: its connections go on when it comes back with the same address.
+pub fn stale<'a>(
+    config: &Config,
+    looks: &Looks,
+    observed: &State,
+    wanted: &State,
+    flows: &'a [Flow],
+) -> Vec<&'a Flow> {
+    let before: BTreeSet<&UplinkName> = observed.tables.keys().map(|(_, uplink)| uplink).collect();
+    let mut judges: Vec<Judge> = Vec::new();
+    for (name, link) in looks {
+        let (Some(link), Some(uplink)) = (link, config.uplinks.get(name)) else {
+            continue;
+        };
+        judges.push(Judge {
+            address: Some(link.address),
+            addresses: &link.addresses,
+            lan: &config.lan.networks,
+            // Without hairpin, what the LAN asks of the address is for the router itself.
+            for_lan: uplink.hairpin,
+            old: dnats(name, observed),
+            new: dnats(name, wanted),
+            old_mark: mark(name, observed),
+            mark: mark(name, wanted),
+        });
+    }
+    // An uplink that is configured no longer: nothing of its forwards is left.
+    for name in before
+        .into_iter()
+        .filter(|name| !config.uplinks.contains_key(name))
+    {
+        judges.push(Judge {
+            address: None,
+            addresses: &[],
+            lan: &config.lan.networks,
+            for_lan: true,
+            old: dnats(name, observed),
+            new: Vec::new(),
+            old_mark: mark(name, observed),
+            mark: None,
+        });
+    }
+    flows
+        .iter()
+        .filter(|flow| judges.iter().any(|judge| judge.condemns(flow)))
+        .collect()
+}
+
+fn dnats(name: &UplinkName, state: &State) -> Vec<Dnat> {
+    let share = state.tables.get(&(Table::Nat, name.clone()));
+    let rules = share
+        .iter()
+        .filter_map(|share| share.chain.as_ref())
+        .flatten();
+    rules.filter_map(iptables::dnat).collect()
+}
+
+fn mark(name: &UplinkName, state: &State) -> Option<FwMark> {
+    let share = state.tables.get(&(Table::Mangle, name.clone()))?;
+    share.chain.iter().flatten().find_map(iptables::connmark)
+}
+
+/// What one uplink makes of a flow.
+struct Judge<'a> {
+    /// Its address now; none where it is configured no longer.
+    address: Option<Ipv4Addr>,
+    /// All addresses of its link.
+    addresses: &'a [Ipv4Addr],
+    lan: &'a [Ipv4Network],
+    for_lan: bool,
+    old: Vec<Dnat>,
+    new: Vec<Dnat>,
+    old_mark: Option<FwMark>,
+    mark: Option<FwMark>,
+}
+
+/// A host, and the port there.
+type Target = (Ipv4Addr, Option<u16>);
+
+impl Judge<'_> {
+    fn condemns(&self, flow: &Flow) -> bool {
+        let original = flow.original;
+        let is_lan = |address| self.lan.iter().any(|network| network.contains(address));
+        let actual = (
+            flow.reply.source,
+            flow.reply.ports.map(|(source, _)| source),
+        );
+        let asked = (
+            original.destination,
+            original.ports.map(|(_, destination)| destination),
+        );
+        let was = target(&self.old, flow);
+        let is = target(&self.new, flow).filter(|_| self.for_lan || !is_lan(original.source));
+        let marked =
+            |mark: Option<FwMark>| mark.is_some_and(|mark| flow.mark & mark.mask == mark.value);
+        if self.address != Some(original.destination) {
+            // A former address: its own flows are known by going where our forwards lead, and by
+            // having come by this uplink, or from the LAN. A link's other addresses are not former.
+            let ours = marked(self.mark) || marked(self.old_mark) || is_lan(original.source);
+            let forwarded =
+                actual != asked && (was == Some(actual) || target(&self.new, flow) == Some(actual));
+            return ours && forwarded && !self.addresses.contains(&original.destination);
+        }
+        if self.old_mark != self.mark && marked(self.old_mark) {
+            return true;
+        }
+        match is {
+            // Begun before its forward existed, or before that led here; what somebody else's DNAT
+            // redirects is somebody else's.
+            Some(is) => actual != is && (actual == asked || was == Some(actual)),
+            None => actual != asked && was == Some(actual),
+        }
+    }
+}
+
+/// Where the first rule that matches sends the flow.
+fn target(rules: &[Dnat], flow: &Flow) -> Option<Target> {
+    let port = flow.original.ports.map(|(_, destination)| destination);
+    let rule = rules.iter().find(|rule| {
+        let protocol = rule.protocol.as_ref().is_none_or(|protocol| {
+            *protocol == flow.protocol || *protocol == flow.number.to_string()
+        });
+        let ports = rule
+            .ports
+            .as_ref()
+            .is_none_or(|ports| port.is_some_and(|port| ports.contains(&port)));
+        protocol
+            && ports
+            && rule
+                .from
+                .is_none_or(|from| from.contains(flow.original.source))
+    })?;
+    Some((rule.to, rule.to_port.or(port)))
+}
