@@ -360,6 +360,32 @@ fn trusted(fd: impl AsFd, kind: SFlag) -> Result<FileStat> {
 /// Between those of the local table and of main (`ip-rule(8)`).
 const PRIORITIES: RangeInclusive<u64> = 1..=32765;
 
+/// Each table's name, as the messages have it, and its keys.
+pub const KEYS: [(&str, &[&str]); 6] = [
+    ("the file", &["lan", "mark", "priority", "uplink"]),
+    ("[lan]", &["interfaces", "networks"]),
+    ("[mark]", &["mask"]),
+    ("[priority]", &["local", "mark", "source", "pin"]),
+    (
+        "[uplink]",
+        &[
+            "interface",
+            "ipparam",
+            "linkname",
+            "peer",
+            "table",
+            "mark",
+            "masquerade",
+            "hairpin",
+            "clamp-mss",
+            "accept-forward",
+            "pin",
+            "forward",
+        ],
+    ),
+    ("a forward", &["proto", "port", "to", "from"]),
+];
+
 /// What each message of a missing key starts with.
 const MISSING: &str = "missing ";
 
@@ -387,18 +413,22 @@ impl Reader {
             .ok()
     }
 
-    /// A problem for each key that is none of `known`.
-    fn known(&mut self, table: &DeTable, place: &str, known: &[&str]) {
+    /// A problem for each key that the table of this name does not have.
+    fn known(&mut self, table: &DeTable, place: &str) {
+        let (_, keys) = KEYS
+            .iter()
+            .find(|(name, _)| *name == place)
+            .expect("each place has its keys");
         for key in table
             .keys()
-            .filter(|key| !known.contains(&key.get_ref().as_ref()))
+            .filter(|key| !keys.contains(&key.get_ref().as_ref()))
         {
             let name = key.get_ref();
             self.problem(
                 key.span(),
                 format!(
                     "unknown key {name:?} in {place}; there are {}",
-                    known.join(", ")
+                    keys.join(", ")
                 ),
             );
         }
@@ -414,7 +444,7 @@ impl Reader {
     }
 
     fn config(&mut self, root: &DeTable) -> Config {
-        self.known(root, "the file", &["lan", "mark", "priority", "uplink"]);
+        self.known(root, "the file");
         let lan = self.lan(root);
         let mask = self.mask(root);
         let priority = self.priority(root);
@@ -472,7 +502,7 @@ impl Reader {
         let Some(table) = self.table(root, "lan") else {
             return Lan::default();
         };
-        self.known(table, "[lan]", &["interfaces", "networks"]);
+        self.known(table, "[lan]");
         let interfaces = self.list(
             table,
             "interfaces",
@@ -491,7 +521,7 @@ impl Reader {
         let Some(table) = self.table(root, "mark") else {
             return DEFAULT;
         };
-        self.known(table, "[mark]", &["mask"]);
+        self.known(table, "[mark]");
         self.integer(table, "mask", 1..=u32::MAX.into())
             .unwrap_or(DEFAULT)
     }
@@ -506,7 +536,7 @@ impl Reader {
         let Some(table) = self.table(root, "priority") else {
             return priority;
         };
-        self.known(table, "[priority]", &["local", "mark", "source", "pin"]);
+        self.known(table, "[priority]");
         let keys = [
             ("local", &mut priority.local),
             ("mark", &mut priority.mark),
@@ -539,24 +569,7 @@ impl Reader {
 
     fn uplink(&mut self, name: Key, table: &DeTable, mask: u32) -> Option<Uplink> {
         let place = format!("[uplink.{}]", name.get_ref());
-        self.known(
-            table,
-            &place,
-            &[
-                "interface",
-                "ipparam",
-                "linkname",
-                "peer",
-                "table",
-                "mark",
-                "masquerade",
-                "hairpin",
-                "clamp-mss",
-                "accept-forward",
-                "pin",
-                "forward",
-            ],
-        );
+        self.known(table, "[uplink]");
         let identity = self.identity(name, table, &place);
         let pin = self.list(
             table,
@@ -699,7 +712,7 @@ impl Reader {
     }
 
     fn forward(&mut self, item: Value, table: &DeTable) -> Option<Forward> {
-        self.known(table, "a forward", &["proto", "port", "to", "from"]);
+        self.known(table, "a forward");
         let protocols = match table.get("proto") {
             None => Some(vec![Protocol::Tcp]),
             Some(value) => self.protocols(value),

@@ -266,7 +266,11 @@ fn it_knows_by_the_folder_what_pppd_calls() {
         let link = folder.0.join(name).join("0mh-hook");
         symlink(env!("CARGO_BIN_EXE_mh-hook"), &link).expect("symlink");
         // Whatever the arguments look like, they are pppd's.
-        let first = if name == "ip-up.d" { "ppp0" } else { "--help" };
+        let first = if name == "ip-down.d" {
+            "--help"
+        } else {
+            "ppp0"
+        };
         let output = Command::new(&link)
             .env_clear()
             .args([first, "", "", "--local", "", "--version"])
