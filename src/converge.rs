@@ -72,9 +72,15 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
     }
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
-    for _ in 0..ROUNDS {
+    for round in 0..ROUNDS {
         let observed = observe(&tools).with_context(named)?;
         let (looks, wanted) = aim(request, config, &observed)?;
+        if let Some(doubt) = config
+            .and_then(|config| request.doubts(config, &looks))
+            .filter(|_| round == 0)
+        {
+            warn!("{doubt}");
+        }
         let steps = plan(&observed, &wanted);
         if log_enabled!(Level::Debug) {
             say_what_stands(&wanted, &steps);

@@ -145,17 +145,6 @@ impl Request {
                 }
             }
         }
-        if let (Self::Up { interface, .. }, true) = (self, chosen.is_empty()) {
-            let mut unplaced = config
-                .uplinks
-                .iter()
-                .filter(|(_, uplink)| uplink.identity.interface.is_none());
-            if let Some((name, _)) = unplaced.next() {
-                log::warn!(
-                    "nothing tells whose link {interface} is: if it is {name}'s, say --uplink {name}"
-                );
-            }
-        }
         let mut looks = Looks::new();
         for (name, uplink) in names
             .iter()
@@ -173,6 +162,30 @@ impl Request {
         Ok(looks)
     }
 
+    /// What a person who asks by hand may have overlooked.
+    pub fn doubts(&self, config: &Config, looks: &Looks) -> Option<String> {
+        let Self::Up {
+            interface, local, ..
+        } = self
+        else {
+            return None;
+        };
+        let Some((name, link)) = looks
+            .iter()
+            .find_map(|(name, link)| Some((name, link.as_ref()?)))
+        else {
+            let mut uplinks = config.uplinks.iter();
+            let (name, _) = uplinks.find(|(_, uplink)| uplink.identity.interface.is_none())?;
+            return Some(format!(
+                "nothing tells whose link {interface} is: if it is {name}'s, say --uplink {name}"
+            ));
+        };
+        let missing = local.filter(|local| !link.addresses.contains(local))?;
+        Some(format!(
+            "{name}: {interface} does not have the address {missing}"
+        ))
+    }
+
     /// The interface to look at for an uplink in question; none where it has none now.
     fn place(
         &self,
@@ -182,7 +195,12 @@ impl Request {
         observed: &State,
     ) -> Option<IfName> {
         match (self.interface(), is_chosen) {
-            (Some(interface), true) => Some(interface.clone()),
+            (Some(interface), true) => {
+                // A late ip-down of its former interface: it may be at another by now.
+                let left = matches!(self, Self::Event(event) if event.direction == Direction::Down);
+                let binding = claim::binding(name, uplink, observed).filter(|_| left);
+                Some(binding.unwrap_or_else(|| interface.clone()))
+            }
             // Its entries name the interface of a call that is not for it: it may be at its own.
             (Some(interface), false) => {
                 let own = uplink.identity.interface_alone();
@@ -243,12 +261,7 @@ impl Request {
             .into_iter()
             .chain(claim::sources(observed, &tables));
         let address = match self.local() {
-            Some(local) if by_hand => {
-                if !link.addresses.contains(&local) {
-                    log::warn!("{interface} does not have the address {local}");
-                }
-                Some(local)
-            }
+            Some(local) if by_hand => Some(local),
             _ => link.address(preferred),
         };
         ensure!(
