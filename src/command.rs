@@ -1,6 +1,7 @@
 //! The only place that spawns: absolute paths, a clean environment, a deadline, the exit status.
 //! Knows nothing of routing.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsFd;
@@ -234,6 +235,25 @@ impl Tools {
         }
         output.with_context(|| name)
     }
+}
+
+/// Starts this program again, with these arguments and the same environment, and does not wait.
+///
+/// # Errors
+/// It can't be run.
+pub fn start_self(args: &[OsString]) -> Result<()> {
+    Command::new("/proc/self/exe")
+        .arg0("mh-hook")
+        .args(args)
+        .current_dir("/")
+        // Whoever ends our caller's group does not mean this one.
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("start mh-hook again")?;
+    Ok(())
 }
 
 impl Output {

@@ -16,6 +16,9 @@ use crate::state::IfName;
 pub enum Direction {
     /// `ip-pre-up`: the interface has its address, but carries nothing yet; pppd waits for its hooks.
     PreUp,
+    /// By ourselves, a moment after `ip-pre-up`: pppd makes that call each time that a link comes up,
+    /// but leaves out `ip-up` while an earlier one still runs (`ipcp_script_done`, pppd/ipcp.c).
+    Follow,
     /// `ip-up`.
     Up,
     /// `ip-down`.
@@ -26,6 +29,7 @@ impl fmt::Display for Direction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::PreUp => "pre-up",
+            Self::Follow => "follow",
             Self::Up => "up",
             Self::Down => "down",
         })
@@ -37,6 +41,7 @@ impl Direction {
     pub fn parse(text: &OsStr) -> Option<Self> {
         match text.to_str()? {
             "pre-up" => Some(Self::PreUp),
+            "follow" => Some(Self::Follow),
             "up" => Some(Self::Up),
             "down" => Some(Self::Down),
             _ => None,
@@ -85,7 +90,8 @@ impl Event {
         };
         let local = match direction {
             Direction::Down => None,
-            Direction::PreUp | Direction::Up => match local_from_environment()? {
+            Direction::PreUp | Direction::Follow | Direction::Up => match local_from_environment()?
+            {
                 Some(local) => Some(local),
                 None => args
                     .get(3)

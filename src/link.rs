@@ -4,12 +4,17 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::net::Ipv4Addr;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 
 use crate::state::IfName;
+
+/// How long a link may take from pppd's `ip-pre-up` until it is up: other hooks run there, too.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// An interface that exists.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -44,6 +49,18 @@ impl Link {
             }
         }
         Ok(link)
+    }
+
+    /// Waits until the interface is up, for a while.
+    ///
+    /// # Errors
+    /// The kernel can't be asked.
+    pub fn wait(interface: &IfName) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline && !Self::read(interface)?.is_some_and(|link| link.up) {
+            sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// The address that entries should be for: the first of `preferred` that it has, else its first.

@@ -10,9 +10,11 @@ use anyhow::{Context, Error, Result, bail};
 use lexopt::Arg;
 use log::{LevelFilter, error};
 
+use mh_hook::command::start_self;
 use mh_hook::config::{self, Config};
 use mh_hook::converge::{Mode, converge};
 use mh_hook::event::{self, Direction, Event};
+use mh_hook::link::Link;
 use mh_hook::request::Request;
 use mh_hook::state::{IfName, UplinkName, check_local};
 
@@ -112,6 +114,7 @@ fn report(error: &Error) {
 }
 
 fn run(arguments: Arguments) -> Result<(), Failure> {
+    let follow = follow(&arguments);
     let request = request(arguments.command).map_err(Failure::Usage)?;
     let config = match Config::load(&arguments.config_path) {
         Ok(config) => Some(config),
@@ -127,10 +130,43 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     if let (Some(local), Some(config)) = (request.local(), &config) {
         check_local(local, &config.lan.networks).map_err(Failure::Usage)?;
     }
+    let mut is_ours = false;
     if let Some(config) = &config {
-        request.named(config).map_err(Failure::Usage)?;
+        is_ours = !request.named(config).map_err(Failure::Usage)?.is_empty();
     }
-    converge(&request, config.as_ref(), arguments.mode).map_err(Failure::Kernel)
+    if let Request::Event(Event {
+        direction: Direction::Follow,
+        interface,
+        ..
+    }) = &request
+    {
+        Link::wait(interface).map_err(Failure::Kernel)?;
+    }
+    let converged = converge(&request, config.as_ref(), arguments.mode);
+    if is_ours && let Some(args) = follow {
+        start_self(&args).map_err(Failure::Kernel)?;
+    }
+    converged.map_err(Failure::Kernel)
+}
+
+/// The arguments for the call that follows this one, if it is pppd's `ip-pre-up`.
+fn follow(arguments: &Arguments) -> Option<Vec<OsString>> {
+    let Command::Event {
+        direction: Direction::PreUp,
+        args,
+    } = &arguments.command
+    else {
+        return None;
+    };
+    let config_path = arguments.config_path.clone().into_os_string();
+    let first = [
+        "--config".into(),
+        config_path,
+        "event".into(),
+        Direction::Follow.to_string().into(),
+    ];
+    let all = first.into_iter().chain(args.iter().cloned());
+    (arguments.mode == Mode::Apply).then(|| all.collect())
 }
 
 fn request(command: Command) -> Result<Request> {

@@ -341,6 +341,9 @@ lab_setup() {
     lab_serve
 }
 
+# lab_wants BACKEND NAME: whether to run a test; a file of tests may define its own.
+lab_wants() { true; }
+
 # run_tests [PART OF A NAME]
 run_tests() {
     local passed=0 failed=0 backend name pid
@@ -354,6 +357,7 @@ run_tests() {
     for backend in nft legacy; do
         for name in $(compgen -A function test_); do
             [[ $name == *"${1-}"* ]] || continue
+            lab_wants "$backend" "$name" || continue
             # Tests mostly wait, hence more of them than processors.
             ((${#running[@]} < ${LAB_JOBS:-4})) || lab_reap
             LAB_TEST="$backend $name" timeout --foreground --signal=KILL "${LAB_TIME_LIMIT:-60}" "$BASH" "$0" \
