@@ -19,6 +19,8 @@ pub struct Addressed {
     pub addresses: Vec<Ipv4Addr>,
     /// Whether it carries traffic, so that a route can leave by it.
     pub running: Running,
+    /// Its MTU in bytes, where the kernel tells.
+    pub mtu: Option<u32>,
     /// The interface's own `rp_filter`, where filtering is strict, or was until we loosened it.
     pub strict: Option<u8>,
 }

@@ -548,6 +548,10 @@ impl Reader {
                 *target = value;
             }
         }
+        if !table.contains_key("pin") {
+            // Whoever moves the others need not know of pins.
+            priority.pin = priority.pin.max(priority.mark + 1);
+        }
         let Priority {
             local,
             mark,

@@ -1,6 +1,7 @@
 //! Turns the wheel: observe, look at the links, plan, apply, and look again, until the kernel holds
 //! what it should. A call is only a trigger; under the lock the kernel is the truth.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Write, stdout};
 use std::net::Ipv4Addr;
@@ -73,8 +74,8 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
     for round in 0..ROUNDS {
-        let observed = observe(&tools).with_context(named)?;
-        let (looks, wanted) = aim(request, config, &observed)?;
+        let (observed, mtus) = observe(&tools).with_context(named)?;
+        let (looks, wanted) = aim(request, config, &observed, &mtus)?;
         if let Some(doubt) = config
             .and_then(|config| request.doubts(config, &looks))
             .filter(|_| round == 0)
@@ -111,7 +112,7 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         let stale = stale(config, &looks, &observed, &wanted, &flows);
         end(&tools, &stale).with_context(named)?;
         total.removed += stale.len();
-        if places(&aim(request, config, &observed)?.0) == places(&looks) {
+        if places(&aim(request, config, &observed, &mtus)?.0) == places(&looks) {
             summary(request, &looks, &total, started);
             return Ok(());
         }
@@ -125,9 +126,14 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
 }
 
 /// The uplinks in question with their links as they are now, and all of ours that should stand.
-fn aim(request: &Request, config: Option<&Config>, observed: &State) -> Result<(Looks, State)> {
+fn aim(
+    request: &Request,
+    config: Option<&Config>,
+    observed: &State,
+    mtus: &BTreeMap<IfName, u32>,
+) -> Result<(Looks, State)> {
     if let Some(config) = config {
-        let looks = request.look(config, observed)?;
+        let looks = request.look(config, observed, mtus)?;
         let wanted = claim::wanted(config, observed, &looks);
         return Ok((looks, wanted));
     }

@@ -312,20 +312,31 @@ fn accept_forward(config: &Config, up: &Up, filter: &mut Share) {
 
 /// ```text
 /// -A FORWARD -o ppp0 -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment mh-isp0 -j TCPMSS --clamp-mss-to-pmtu
-/// -A FORWARD -i ppp0 -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment mh-isp0 -j TCPMSS --clamp-mss-to-pmtu
+/// -A FORWARD -i ppp0 -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment mh-isp0 -j TCPMSS --set-mss 1452
 /// ```
 ///
-/// Both directions: each end is told by the other's SYN what it may send, and the target takes the
-/// smaller MTU of the two ways (`tcpmss_mangle_packet`, net/netfilter/xt_TCPMSS.c).
+/// Both directions: each end is told by the other's SYN what it may send. On the way in the path's
+/// MTU can't be asked for: the target looks up the way back without the mark, and finds the default
+/// route (`tcpmss_reverse_mtu`, net/netfilter/xt_TCPMSS.c); so the link's own MTU, less 20 bytes of IP
+/// and 20 of TCP, is named. It never raises a segment's size (`tcpmss_mangle_packet` there).
 fn clamp_mss(up: &Up, mangle: &mut Share) {
-    for way in ["-i", "-o"] {
+    let mut clamp = |way: &str, target: &str| {
         let spec = format!(
-            "{way} {} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {} -j TCPMSS --clamp-mss-to-pmtu",
+            "{way} {} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {} -j TCPMSS {target}",
             up.link.interface,
             up.name.chain()
         );
         mangle.entries.push(("FORWARD".into(), Rulespec(spec)));
+    };
+    if let Some(size) = up
+        .link
+        .mtu
+        .and_then(|mtu| mtu.checked_sub(40))
+        .filter(|size| (1..=0xffff).contains(size))
+    {
+        clamp("-i", &format!("--set-mss {size}"));
     }
+    clamp("-o", "--clamp-mss-to-pmtu");
 }
 
 /// `-A POSTROUTING -s 192.168.0.0/24 -o ppp0 -m comment --comment mh-isp0 -j MASQUERADE`

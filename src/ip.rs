@@ -1,34 +1,63 @@
 //! The language of `ip`, both directions: listing to state, state to `ip -batch` lines.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::{Context, Result};
 
-use crate::state::{FwMark, PROTOCOL, Route, RouteRule, TableId};
+use crate::state::{FwMark, IfName, PROTOCOL, Route, RouteRule, TableId};
 
-/// What asks for all of ours at once, for `ip -4 -N -batch -`. In a batch a table that does not
-/// exist is an empty answer; alone it would be an error.
-pub const QUESTIONS: &str = "rule show\nroute show table all protocol 109\n";
+/// What asks for all of ours at once, and for the links' MTUs, for `ip -4 -N -batch -`. In a batch
+/// a table that does not exist is an empty answer; alone it would be an error.
+pub const QUESTIONS: &str = "rule show\nroute show table all protocol 109\nlink show\n";
 
-/// Our routes and rules among the answers to [`QUESTIONS`]. `ip rule` has no filter by protocol
-/// that works in every iproute2, so the rules of others come along and are passed over.
+/// The answers to [`QUESTIONS`].
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// Our routes.
+    pub routes: BTreeSet<Route>,
+    /// Our rules.
+    pub rules: BTreeSet<RouteRule>,
+    /// Each link's MTU in bytes, of those whose names we take.
+    pub mtus: BTreeMap<IfName, u32>,
+}
+
+/// What `ip` lists. `ip rule` has no filter by protocol that works in every iproute2, so the rules of
+/// others come along and are passed over.
 ///
 /// # Errors
 /// An answer that is not of the form that iproute2 prints.
-pub fn parse(listing: &str) -> Result<(BTreeSet<Route>, BTreeSet<RouteRule>)> {
-    let (mut routes, mut rules) = (BTreeSet::new(), BTreeSet::new());
-    for line in listing.lines().filter(|line| !line.trim().is_empty()) {
+pub fn parse(text: &str) -> Result<Listing> {
+    let mut listing = Listing::default();
+    // An indented line goes on about what the line above it names.
+    for line in text
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with([' ', '\t']))
+    {
         let context = || format!("read what ip lists: {line:?}");
-        // `98:<tab>from …` is a rule; a route starts with its destination or kind.
-        match line.split_once(":\t") {
-            Some((priority, rest)) => {
-                rules.extend(route_rule(priority, rest).with_context(context)?)
-            }
-            None => drop(routes.insert(route(line).with_context(context)?)),
+        // `98:<tab>from …` is a rule, `2: ppp0: <…> mtu 1492 …` a link; a route starts with its
+        // destination or kind.
+        if let Some((priority, rest)) = line.split_once(":\t") {
+            listing
+                .rules
+                .extend(route_rule(priority, rest).with_context(context)?);
+        } else if let Some((_, rest)) = line.split_once(": ") {
+            listing.mtus.extend(mtu(rest));
+        } else {
+            listing.routes.insert(route(line).with_context(context)?);
         }
     }
-    Ok((routes, rules))
+    Ok(listing)
+}
+
+/// `ppp0: <POINTOPOINT,…> mtu 1492 qdisc …`, `eth1.10@eth1: <…> mtu 1500 …`; names that we don't take
+/// are none of ours.
+fn mtu(text: &str) -> Option<(IfName, u32)> {
+    let (name, rest) = text.split_once(": ")?;
+    let mut words = rest.split_ascii_whitespace();
+    words.find(|word| *word == "mtu")?;
+    let name = IfName::parse(name.split('@').next()?).ok()?;
+    Some((name, words.next()?.parse().ok()?))
 }
 
 /// `from 203.0.113.10 lookup 254 suppress_prefixlength 0 proto 109`

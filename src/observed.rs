@@ -1,19 +1,24 @@
 //! What stands in the kernel of ours, asked of the tools: two processes, whatever there is.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
 use crate::command::Tools;
-use crate::state::{Loose, State, Table, UplinkName};
+use crate::ip::Listing;
+use crate::state::{IfName, Loose, State, Table, UplinkName};
 use crate::{claim, ip, iptables, link};
 
-/// All entries of ours.
+/// All entries of ours, and the links' MTUs in bytes.
 ///
 /// # Errors
 /// A tool can't be run or fails, or says what can't be read.
-pub fn observe(tools: &Tools) -> Result<State> {
-    let (routes, rules) = ip::parse(&tools.ip_list(ip::QUESTIONS)?)?;
+pub fn observe(tools: &Tools) -> Result<(State, BTreeMap<IfName, u32>)> {
+    let Listing {
+        routes,
+        rules,
+        mtus,
+    } = ip::parse(&tools.ip_list(ip::QUESTIONS)?)?;
     let tables = iptables::parse(&tools.iptables_save()?)?;
     let mut loose = BTreeSet::new();
     for ((table, uplink), share) in &tables {
@@ -34,12 +39,13 @@ pub fn observe(tools: &Tools) -> Result<State> {
             });
         }
     }
-    Ok(State {
+    let state = State {
         routes,
         rules,
         tables,
         loose,
-    })
+    };
+    Ok((state, mtus))
 }
 
 /// The uplinks that have entries in the backend of iptables that is not in use: they work on

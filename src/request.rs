@@ -1,6 +1,6 @@
 //! What is asked, and a look at the links in question.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::Ipv4Addr;
 
@@ -123,7 +123,12 @@ impl Request {
     /// # Errors
     /// By hand, a link that is not up or has no address, or that may be one of several; any address
     /// that can't be an uplink's.
-    pub fn look(&self, config: &Config, observed: &State) -> Result<Looks> {
+    pub fn look(
+        &self,
+        config: &Config,
+        observed: &State,
+        mtus: &BTreeMap<IfName, u32>,
+    ) -> Result<Looks> {
         let mut chosen: BTreeSet<UplinkName> = self.named(config)?.into_iter().cloned().collect();
         let mut names = chosen.clone();
         if let Some(interface) = self.interface() {
@@ -151,12 +156,15 @@ impl Request {
             .filter_map(|name| config.uplinks.get_key_value(name))
         {
             let interface = self.place(name, uplink, chosen.contains(name), observed);
-            let link = match interface {
+            let mut link = match interface {
                 Some(interface) => self
                     .addressed(&interface, uplink, config, observed)
                     .with_context(|| name.to_string())?,
                 None => None,
             };
+            if let Some(link) = &mut link {
+                link.mtu = mtus.get(&link.interface).copied();
+            }
             looks.insert(name.clone(), link);
         }
         Ok(looks)
@@ -278,6 +286,7 @@ impl Request {
             address,
             addresses: link.addresses,
             running,
+            mtu: None,
             strict,
         }))
     }

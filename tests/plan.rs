@@ -70,7 +70,7 @@ fn check(case: &Path) -> Result<(), String> {
 }
 
 fn observe(listing: &str, save: &str) -> State {
-    let (routes, rules) = ip::parse(listing).expect("the listing of ip");
+    let ip::Listing { routes, rules, .. } = ip::parse(listing).expect("the listing of ip");
     let tables = iptables::parse(save).expect("what iptables-save prints");
     // In these cases what the note in a chain says of the interface is so.
     let note = |(key, share): (&(Table, UplinkName), &mh_hook::state::Share)| {
@@ -108,6 +108,7 @@ fn looks(links: &str) -> Looks {
             } else {
                 Running::Yes
             },
+            mtu: Some(1492),
             strict: words.get(3).and_then(|word| word.parse().ok()),
         });
         (name, link)

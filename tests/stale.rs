@@ -24,6 +24,7 @@ fn state(rest: &str, address: &str) -> (Config, Looks, State) {
         address: address.parse().expect("an address"),
         addresses: vec![address.parse().expect("an address")],
         running: Running::Yes,
+        mtu: None,
         strict: None,
     };
     let up = Up {
