@@ -170,6 +170,25 @@ impl Protocol {
         Self::Sctp,
     ];
 
+    /// The protocol of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|protocol| protocol.to_string() == name)
+    }
+
+    /// Its number in IP (IANA, Assigned Internet Protocol Numbers).
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Icmp => 1,
+            Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Gre => 47,
+            Self::Esp => 50,
+            Self::Sctp => 132,
+        }
+    }
+
     /// Whether forwards of it can name ports.
     pub fn has_ports(self) -> bool {
         matches!(self, Self::Tcp | Self::Udp | Self::Sctp)
@@ -800,9 +819,7 @@ impl Reader {
         }
         for name in names {
             let text = name.get_ref().as_str().unwrap_or_default();
-            let known = Protocol::ALL
-                .into_iter()
-                .find(|protocol| protocol.to_string() == text);
+            let known = Protocol::parse(text);
             let message = match known {
                 _ if text == "any" && !value.get_ref().is_array() => return Some(Vec::new()),
                 _ if text == "any" => "\"any\" stands alone: proto = \"any\"",

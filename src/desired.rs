@@ -5,7 +5,7 @@ use std::fmt::{self, Write};
 
 use crate::claim::{Addressed, Running};
 use crate::config::{Config, Forward, Protocol, Routing, Uplink};
-use crate::iptables::{GRE, loose_note};
+use crate::iptables::loose_note;
 use crate::state::{
     CLOSING_METRIC, FwMark, Loose, Route, RouteRule, Rulespec, Share, State, Table, TableId,
     UplinkName,
@@ -251,7 +251,7 @@ fn forwards(up: &Up, nat: &mut Share) {
 fn matches(protocol: Protocol, forward: &Forward) -> String {
     match &forward.ports {
         // Its name is known to iptables from /etc/protocols only, which need not be there.
-        None if protocol == Protocol::Gre => format!("-p {GRE} "),
+        None if protocol == Protocol::Gre => format!("-p {} ", protocol.number()),
         None => format!("-p {protocol} "),
         Some(ports) if ports.start() == ports.end() => {
             format!("-p {protocol} -m {protocol} --dport {} ", ports.start())

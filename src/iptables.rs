@@ -8,6 +8,7 @@ use std::ops::RangeInclusive;
 use anyhow::{Context, Result};
 use ipnetwork::Ipv4Network;
 
+use crate::config::Protocol;
 use crate::plan::{Change, Step};
 use crate::state::{FwMark, Loose, PREFIX, Rulespec, Share, Table, UplinkName};
 
@@ -81,9 +82,6 @@ fn entry(
     Ok(())
 }
 
-/// The number of GRE (RFC 2784), which iptables-save prints as a name where it finds one.
-pub const GRE: &str = "47";
-
 /// The words of a rule, in the one form that we compare: iptables-save puts words with other than plain characters in double quotes
 /// and escapes quotes and backslashes in them (`xtables_save_string`, libxtables/xtables.c).
 pub fn words(text: &str) -> Result<Vec<String>> {
@@ -102,7 +100,8 @@ pub fn words(text: &str) -> Result<Vec<String>> {
             }
         }
         if word == "gre" && words.last().is_some_and(|last| last == "-p") {
-            GRE.clone_into(&mut word);
+            // Its name is known from /etc/protocols only, which need not be there.
+            word = Protocol::Gre.number().to_string();
         }
         if quoted || !word.is_empty() {
             words.push(word);
@@ -157,8 +156,8 @@ pub fn connmark(spec: &Rulespec) -> Option<FwMark> {
 pub struct Dnat {
     /// Its source; none for all.
     pub from: Option<Ipv4Network>,
-    /// Its protocol, as written; none for all.
-    pub protocol: Option<String>,
+    /// Its protocol's number; none for all.
+    pub protocol: Option<u8>,
     /// Its destination ports; none for all.
     pub ports: Option<RangeInclusive<u16>>,
     /// The host it sends to.
@@ -184,9 +183,17 @@ pub fn dnat(spec: &Rulespec) -> Option<Dnat> {
         Some(from) => Some(from.parse().ok()?),
         None => None,
     };
+    let protocol = match option(spec, "-p") {
+        Some(name) => Some(
+            Protocol::parse(name)
+                .map(Protocol::number)
+                .or_else(|| name.parse().ok())?,
+        ),
+        None => None,
+    };
     Some(Dnat {
         from,
-        protocol: option(spec, "-p").map(str::to_owned),
+        protocol,
         ports,
         to: to.parse().ok()?,
         to_port,

@@ -143,9 +143,7 @@ impl Judge<'_> {
 fn target(rules: &[Dnat], flow: &Flow) -> Option<Target> {
     let port = flow.original.ports.map(|(_, destination)| destination);
     let rule = rules.iter().find(|rule| {
-        let protocol = rule.protocol.as_ref().is_none_or(|protocol| {
-            *protocol == flow.protocol || *protocol == flow.number.to_string()
-        });
+        let protocol = rule.protocol.is_none_or(|protocol| protocol == flow.number);
         let ports = rule
             .ports
             .as_ref()

@@ -66,6 +66,14 @@ fn a_flow_from_before_its_forward_goes() {
         !condemned(&nothing, limited, &udp(X, 80, X, 80, 0)),
         "the forward is not for this source"
     );
+    let esp = "table = 10\nforward = [{ proto = ['gre', 'esp'], to = '192.168.0.2' }]";
+    for (name, number) in [("unknown", 50), ("gre", 47)] {
+        let line = udp(X, 0, X, 0, 0).replace("udp      17", &format!("{name} {number}"));
+        assert!(
+            condemned(&nothing, esp, &line.replace("sport=4000 dport=0", "")),
+            "{name}"
+        );
+    }
     let tcp = "table = 10\nforward = [{ port = 80, to = '192.168.0.2' }]";
     assert!(
         !condemned(&nothing, tcp, &udp(X, 80, X, 80, 0)),
