@@ -67,12 +67,11 @@ fn a_flow_from_before_its_forward_goes() {
         "the forward is not for this source"
     );
     let esp = "table = 10\nforward = [{ proto = ['gre', 'esp'], to = '192.168.0.2' }]";
-    for (name, number) in [("unknown", 50), ("gre", 47)] {
-        let line = udp(X, 0, X, 0, 0).replace("udp      17", &format!("{name} {number}"));
-        assert!(
-            condemned(&nothing, esp, &line.replace("sport=4000 dport=0", "")),
-            "{name}"
+    for name in ["unknown 50", "gre 47"] {
+        let line = format!(
+            "{name} 29 src=192.0.2.9 dst={X} [UNREPLIED] src={X} dst=192.0.2.9 mark=10 use=1"
         );
+        assert!(condemned(&nothing, esp, &line), "{name}");
     }
     let tcp = "table = 10\nforward = [{ port = 80, to = '192.168.0.2' }]";
     assert!(
