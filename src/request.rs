@@ -35,6 +35,17 @@ pub enum Request {
     Sync,
 }
 
+/// What a request says of an uplink and the interface that it names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Binds {
+    /// The interface is this uplink's now.
+    ToIt,
+    /// It is another's, or nobody's.
+    ToAnother,
+    /// Nothing: what stands tells.
+    Nothing,
+}
+
 impl fmt::Display for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -131,12 +142,14 @@ impl Request {
     ) -> Result<Looks> {
         let mut chosen: BTreeSet<UplinkName> = self.named(config)?.into_iter().cloned().collect();
         let mut names = chosen.clone();
+        let mut binds = false;
         if let Some(interface) = self.interface() {
             let bound = claim::bound_to(interface, observed).into_iter();
             let bound: BTreeSet<_> = bound
                 .filter(|name| config.uplinks.contains_key(name))
                 .collect();
             names.extend(bound.iter().cloned());
+            binds = self.binds(&bound, &chosen)?;
             if let Self::Up { uplink: None, .. } = self {
                 // An uplink by that name alone is sure; else what stands tells.
                 let sure =
@@ -155,7 +168,12 @@ impl Request {
             .iter()
             .filter_map(|name| config.uplinks.get_key_value(name))
         {
-            let interface = self.place(name, uplink, chosen.contains(name), observed);
+            let binds = match (binds, chosen.contains(name)) {
+                (false, _) => Binds::Nothing,
+                (true, true) => Binds::ToIt,
+                (true, false) => Binds::ToAnother,
+            };
+            let interface = self.place(name, uplink, binds, observed);
             let mut link = match interface {
                 Some(interface) => self
                     .addressed(&interface, uplink, config, observed)
@@ -194,36 +212,47 @@ impl Request {
         ))
     }
 
+    /// Whether this tells whose the interface is now. An ip-down tells whose it was, and may be late;
+    /// so may an ip-up behind a slow hook, and then the interface has another address, and has been
+    /// given to another uplink.
+    fn binds(&self, bound: &BTreeSet<UplinkName>, chosen: &BTreeSet<UplinkName>) -> Result<bool> {
+        Ok(match self {
+            Self::Up { .. } | Self::Down { .. } => true,
+            Self::Sync => false,
+            Self::Event(Event {
+                direction,
+                interface,
+                local,
+                ..
+            }) => match direction {
+                Direction::PreUp => true,
+                Direction::Follow | Direction::Down => false,
+                Direction::Up => {
+                    let link = Link::read(interface)?.unwrap_or_default();
+                    let is_there = local.is_none_or(|local| link.addresses.contains(&local));
+                    is_there || bound.is_subset(chosen)
+                }
+            },
+        })
+    }
+
     /// The interface to look at for an uplink in question; none where it has none now.
     fn place(
         &self,
         name: &UplinkName,
         uplink: &Uplink,
-        is_chosen: bool,
+        binds: Binds,
         observed: &State,
     ) -> Option<IfName> {
-        match (self.interface(), is_chosen) {
-            (Some(interface), true) => {
-                // A late ip-down of its former interface: it may be at another by now.
-                let left = matches!(self, Self::Event(event) if event.direction == Direction::Down);
-                let binding = claim::binding(name, uplink, observed).filter(|_| left);
-                Some(binding.unwrap_or_else(|| interface.clone()))
-            }
+        let alone = uplink.identity.interface_alone().cloned();
+        match (binds, self.interface()) {
+            (Binds::ToIt, Some(interface)) => Some(interface.clone()),
             // Its entries name the interface of a call that is not for it: it may be at its own.
-            (Some(interface), false) => {
-                let own = uplink.identity.interface_alone();
-                own.filter(|own| *own != interface).cloned()
-            }
-            (None, _) => {
-                let alone = uplink.identity.interface_alone().cloned();
-                let fits = |bound: &IfName| {
-                    uplink
-                        .identity
-                        .interface
-                        .as_ref()
-                        .is_none_or(|own| own == bound)
-                };
-                alone.or_else(|| claim::binding(name, uplink, observed).filter(fits))
+            (Binds::ToAnother, Some(interface)) => alone.filter(|own| own != interface),
+            (Binds::Nothing, _) | (_, None) => {
+                let own = uplink.identity.interface.as_ref();
+                let standing = claim::binding(name, uplink, observed);
+                alone.or(standing.filter(|standing| own.is_none_or(|own| own == standing)))
             }
         }
     }
