@@ -1,0 +1,66 @@
+# shellcheck shell=bash
+# pin: hosts of the LAN whose own connections always leave by this uplink.
+
+pinned() {
+    configure 'pin = ["192.168.0.3"]
+forward = [{ port = 80, to = "192.168.0.2" }]' 'table = 20
+forward = [{ port = 80, to = "192.168.0.3" }]'
+    mh_hook up ppp1
+    mh_hook up ppp0
+}
+
+test_a_pinned_host_leaves_by_its_uplink_and_others_by_the_default_link() {
+    mh_hook up ppp1
+    mh_hook up ppp0
+    expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
+    pinned
+    isp_zero
+    expect_answer "client $X" lanhost tcp 192.0.2.9 80
+    expect_packets isp1 customer none
+    expect_answer "client 198.51.100.20" server tcp 192.0.2.9 80
+    expect_packets isp0 foreign none
+    expect_packets isp1 foreign none
+    leave_out_rule "101: from 192.168.0.3 "
+    expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
+    mh_hook up ppp0
+    expect_answer "client $X" lanhost tcp 192.0.2.9 80
+}
+
+test_a_pinned_prefix_holds_every_host_in_it() {
+    mh_hook up ppp1
+    mh_hook up ppp0
+    expect_answer "client 198.51.100.20" server tcp 192.0.2.9 80
+    configure 'pin = ["192.168.0.0/24"]'
+    mh_hook up ppp0
+    expect_answer "client $X" lanhost tcp 192.0.2.9 80
+    expect_answer "client $X" server tcp 192.0.2.9 80
+}
+
+test_a_pinned_host_reaches_the_lans_and_the_router() {
+    local address
+    lan_host other eth2 192.168.1
+    lab_listen other tcp 80
+    pinned
+    isp_zero
+    expect_answer "server 192.168.0.3" lanhost tcp 192.168.0.2 80
+    expect_answer "other 192.168.0.3" lanhost tcp 192.168.1.2 80
+    for address in 192.168.0.1 192.168.1.1 "$X" 198.51.100.20; do
+        expect_answer "router 192.168.0.3" lanhost tcp "$address" 8080
+    done
+    expect_nothing_at_the_isps
+    leave_out_rule "98: from 192.168.0.3 "
+    expect_silence lanhost tcp 192.168.1.2 80
+}
+
+test_what_came_to_a_pinned_host_by_the_other_uplink_is_answered_there() {
+    lab_listen lanhost tcp 80
+    pinned
+    isp_zero
+    expect_answer "lanhost 192.0.2.9" client tcp 198.51.100.20 80
+    expect_packets isp1 customer some
+    expect_packets isp0 foreign none
+    expect_forward_answered
+    leave_out_rule "99: .*lookup 20 "
+    expect_silence client tcp 198.51.100.20 80
+    expect_packets isp0 foreign some
+}
