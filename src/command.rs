@@ -185,10 +185,11 @@ impl Tools {
         let Some(path) = &self.conntrack else {
             return Ok(());
         };
-        let output = self.run(path, &["--load-file", "-"], lines)?;
+        // By `-` it would open /dev/stdin, which a small system need not have.
+        let output = self.run(path, &["--load-file", "/proc/self/fd/0"], lines)?;
         ensure!(
             output.status.success(),
-            "conntrack --load-file -: {}",
+            "conntrack --load-file: {}",
             output.failure()
         );
         Ok(())
