@@ -1,0 +1,56 @@
+#compdef mh-hook
+# Completion of mh-hook for zsh.
+
+_mh_hook_interfaces() {
+    local -a interfaces=(/sys/class/net/*(N:t))
+    _describe interface interfaces
+}
+
+_mh_hook_uplinks() {
+    local config=${opt_args[--config]:-/etc/mh-hook.toml}
+    local -a uplinks=(${(f)"$(sed -nE 's/^[[:space:]]*\[uplink\.([a-z0-9_-]+)\].*/\1/p' $config 2>/dev/null)"})
+    _describe uplink uplinks
+}
+
+_mh_hook_addresses() {
+    local -a addresses=(${(f)"$(ip -4 -oneline address show scope global 2>/dev/null | awk '{ sub("/.*", "", $4); print $4 }')"})
+    _describe address addresses
+}
+
+_mh_hook() {
+    local context state state_descr line
+    typeset -A opt_args
+    local -a commands=(
+        "up:bring the interface's uplink to its desired state"
+        "down:remove that uplink's entries, and nothing else"
+        "sync:bring every uplink to what its link's state asks for"
+        "event:what pppd's hooks call"
+    )
+    _arguments -C -s \
+        '--config[the configuration]:file:_files' \
+        '--dry-run[print the plan as commands, change nothing]' \
+        "--local[the link's address, with up]:address:_mh_hook_addresses" \
+        '--uplink[whose link it is, with up]:uplink:_mh_hook_uplinks' \
+        '(-v --verbose)'{-v,--verbose}'[say what was looked at, too]' \
+        '(-q --quiet)'{-q,--quiet}'[say errors only]' \
+        '(- *)'{-h,--help}'[print the help]' \
+        '(- *)'{-V,--version}'[print the version]' \
+        '1: :->command' \
+        '*:: :->argument' && return
+    case $state in
+        command) _describe command commands ;;
+        argument)
+            case $words[1] in
+                up | down) ((CURRENT == 2)) && _mh_hook_interfaces ;;
+                event)
+                    case $CURRENT in
+                        2) _values direction pre-up up down ;;
+                        3) _mh_hook_interfaces ;;
+                    esac
+                    ;;
+            esac
+            ;;
+    esac
+}
+
+_mh_hook "$@"
