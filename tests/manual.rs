@@ -1,6 +1,8 @@
-//! The documents say what the program does: every key stands in the manual, every example parses.
+//! The documents say what the program does: every key, command and option stands in the manual, the completion knows
+//! them, every example parses.
 
 use std::fs;
+use std::process::Command;
 
 use mh_hook::config::{Config, KEYS};
 
@@ -24,6 +26,108 @@ fn every_key_stands_in_the_manual() {
 }
 
 #[test]
+fn every_command_and_option_stands_in_the_manual_and_in_each_completion() {
+    let manual = fs::read_to_string("packaging/man/mh-hook.8").expect("the manual page");
+    let shells = ["bash", "zsh", "fish"].map(|shell| {
+        let path = format!("packaging/completion/mh-hook.{shell}");
+        (shell, fs::read_to_string(path).expect("a completion"))
+    });
+    let (commands, options) = help();
+    assert!(
+        commands.len() >= 4 && options.len() >= 12,
+        "{commands:?} {options:?}"
+    );
+    for command in &commands {
+        let item = format!(".It Cm {command}");
+        let is_item = |line: &str| line == item || line.starts_with(&format!("{item} "));
+        assert!(manual.lines().any(is_item), "mh-hook.8: {command}");
+        for (shell, text) in &shells {
+            assert!(
+                words(text).any(|word| word == command),
+                "{shell}: {command}"
+            );
+        }
+    }
+    for option in &options {
+        let flag = format!("Fl {}", &option[1..]);
+        let items = || manual.lines().filter(|line| line.starts_with(".It Fl "));
+        let parts = |line: &str| -> Vec<String> {
+            let rest = line.trim_start_matches(".It ").split(" Ar ").next();
+            let parts = rest.unwrap_or_default().split(" , ");
+            parts.map(str::to_owned).collect()
+        };
+        assert!(
+            items().any(|line| parts(line).contains(&flag)),
+            "mh-hook.8: {option}"
+        );
+        for (shell, text) in &shells {
+            let written = match (*shell, option.strip_prefix("--")) {
+                ("fish", Some(long)) => format!("-l {long} "),
+                ("fish", None) => format!("-s {} ", &option[1..]),
+                _ => option.clone(),
+            };
+            let found = match *shell {
+                "fish" => text.contains(&written),
+                _ => words(text).any(|word| word == written),
+            };
+            assert!(found, "{shell}: {option}");
+        }
+    }
+}
+
+/// The commands and the options that the program's own help names.
+fn help() -> (Vec<String>, Vec<String>) {
+    let output = Command::new(env!("CARGO_BIN_EXE_mh-hook"))
+        .arg("--help")
+        .output()
+        .expect("the program runs");
+    let text = String::from_utf8(output.stdout).expect("text");
+    let section = |title: &str| {
+        let lines = text.lines().skip_while(move |line| *line != title).skip(1);
+        let lines = lines.take_while(|line| line.starts_with(' '));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let named = section("Commands:").into_iter().filter_map(|line| {
+        let word = line.strip_prefix("  ")?.split(' ').next()?;
+        (!word.is_empty()).then(|| word.to_owned())
+    });
+    let mut options = Vec::new();
+    for line in section("Options:") {
+        let words = line.split([' ', ',']).filter(|word| !word.is_empty());
+        options.extend(
+            words
+                .take_while(|word| word.starts_with('-'))
+                .map(str::to_owned),
+        );
+    }
+    (named.collect(), options)
+}
+
+/// What is written between blanks, quotes and the shells' signs.
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
+}
+
+#[test]
+fn the_installed_configuration_asks_for_nothing_until_it_is_filled_in() {
+    let installed = fs::read_to_string("packaging/mh-hook.toml").expect("the configuration");
+    let config = Config::parse(&installed).expect("it parses");
+    assert!(config.uplinks.is_empty());
+    // What a blank follows is a sentence, the rest an entry.
+    let filled = installed.lines().map(|line| match line.strip_prefix('#') {
+        Some(entry) if !entry.starts_with("  {") && entry.starts_with(' ') => line,
+        Some(entry) => entry,
+        None => line,
+    });
+    let filled = filled.collect::<Vec<_>>().join("\n");
+    let config =
+        Config::parse(&filled).unwrap_or_else(|problems| panic!("{problems:?} in\n{filled}"));
+    assert_eq!(config.uplinks.len(), 2);
+    let none = fs::read_to_string("packaging/none.toml").expect("the empty configuration");
+    assert!(Config::parse(&none).expect("it parses").uplinks.is_empty());
+}
+
+#[test]
 fn every_example_parses() {
     let manual = fs::read_to_string("packaging/man/mh-hook.toml.5").expect("the manual page");
     let readme = fs::read_to_string("README.md").expect("the README");
@@ -31,7 +135,14 @@ fn every_example_parses() {
     assert_eq!(examples.len(), 2);
     let ours = blocks(&readme, "```toml", "```");
     assert!(!ours.is_empty());
-    for example in examples.into_iter().chain(ours) {
+    let files = fs::read_dir("packaging/examples").expect("the examples");
+    let paths = files.map(|file| file.expect("an example").path());
+    let paths = paths.filter(|path| path.extension().is_some_and(|end| end == "toml"));
+    let files: Vec<String> = paths
+        .map(|path| fs::read_to_string(path).expect("an example"))
+        .collect();
+    assert!(!files.is_empty());
+    for example in examples.into_iter().chain(ours).chain(files) {
         let config =
             Config::parse(&example).unwrap_or_else(|problems| panic!("{problems:?} in\n{example}"));
         assert!(
