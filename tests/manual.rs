@@ -152,6 +152,44 @@ fn every_example_parses() {
     }
 }
 
+#[test]
+fn both_readmes_have_the_same_headings_tables_and_code() {
+    let shape = |path: &str| -> Vec<String> {
+        let text = fs::read_to_string(path).expect("a README");
+        let mut shape = Vec::new();
+        let mut is_code = false;
+        for line in text.lines() {
+            if line.starts_with("```") {
+                is_code = !is_code;
+                shape.push(line.to_owned());
+            } else if is_code || line.starts_with("    ") {
+                // A comment is in the reader's language.
+                let code = line.split(" # ").next().unwrap_or_default();
+                shape.push(code.trim_end().to_owned());
+            } else if line.starts_with('#') {
+                shape.push("#".repeat(line.chars().take_while(|c| *c == '#').count()));
+            } else if line.starts_with('|') {
+                let columns = line.replace("\\|", "").matches('|').count();
+                // In a table, too, what is code stays as it is.
+                let code = line
+                    .split('`')
+                    .skip(1)
+                    .step_by(2)
+                    .collect::<Vec<_>>()
+                    .join(" ");
+                shape.push(format!("{columns} columns: {code}"));
+            }
+        }
+        shape
+    };
+    let (english, japanese) = (shape("README.md"), shape("README.ja.md"));
+    for (one, other) in english.iter().zip(&japanese) {
+        assert_eq!(one, other);
+    }
+    assert_eq!(english.len(), japanese.len());
+    assert!(english.len() > 50, "it compares nothing");
+}
+
 /// What stands between these lines.
 fn blocks(text: &str, begin: &str, end: &str) -> Vec<String> {
     let (begin, end) = (format!("{begin}\n"), format!("\n{end}"));
