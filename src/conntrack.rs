@@ -1,5 +1,6 @@
 //! The language of conntrack, both directions: listing to flows, flows to what deletes them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::Ipv4Addr;
 
@@ -35,6 +36,65 @@ pub struct Tuple {
 /// and zones add words of their own.
 pub fn parse(listing: &str) -> Vec<Flow> {
     listing.lines().filter_map(flow).collect()
+}
+
+/// The arguments that delete the condemned of these flows and no other, a line each. Each line makes
+/// conntrack list the whole table, so flows that differ by their source only share one, unless one
+/// of these is to live.
+pub fn deletions(flows: &[Flow], condemned: &[&Flow]) -> Vec<String> {
+    let alike = |flow: &Flow| {
+        (
+            flow.number,
+            flow.original.destination,
+            ports(flow),
+            flow.reply.source,
+        )
+    };
+    let mut groups = BTreeMap::new();
+    for flow in condemned {
+        groups
+            .entry(alike(flow))
+            .or_insert_with(Vec::new)
+            .push(*flow);
+    }
+    let mut all = BTreeMap::new();
+    for flow in flows {
+        *all.entry(alike(flow)).or_insert(0) += 1;
+    }
+    let lines = groups.into_iter().flat_map(|(key, group)| {
+        if group.len() == 1 || all.get(&key) != Some(&group.len()) || group[0].icmp.is_some() {
+            return group.iter().map(ToString::to_string).collect();
+        }
+        let Flow {
+            original, reply, ..
+        } = group[0];
+        let mut line = format!(
+            "-D -p {} -d {} -r {}",
+            group[0].name(),
+            original.destination,
+            reply.source
+        );
+        if let Some((asked, answered)) = ports(group[0]) {
+            line += &format!(" --dport {asked} --reply-port-src {answered}");
+        }
+        vec![line]
+    });
+    lines.collect()
+}
+
+/// The port that was asked for, and the one that answers.
+fn ports(flow: &Flow) -> Option<(u16, u16)> {
+    Some((flow.original.ports?.1, flow.reply.ports?.0))
+}
+
+impl Flow {
+    /// The protocol as conntrack takes it.
+    fn name(&self) -> String {
+        match self.protocol.as_str() {
+            "unknown" => self.number.to_string(),
+            name => name.to_owned(),
+        }
+    }
 }
 
 /// `udp 17 29 src=192.0.2.9 dst=203.0.113.10 sport=4000 dport=80 [UNREPLIED] src=192.168.0.2 … mark=10 use=1`
@@ -85,10 +145,7 @@ impl fmt::Display for Flow {
             destination,
             ports,
         } = self.original;
-        match self.protocol.as_str() {
-            "unknown" => write!(f, "-D -p {}", self.number)?,
-            name => write!(f, "-D -p {name}")?,
-        }
+        write!(f, "-D -p {}", self.name())?;
         write!(
             f,
             " -s {source} -d {destination} -r {} -q {}",

@@ -88,7 +88,8 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         }
         if mode == Mode::DryRun {
             let flows = tracked(&tools, &steps)?;
-            return print(&steps, &stale(config, &looks, &observed, &wanted, &flows));
+            let stale = stale(config, &looks, &observed, &wanted, &flows);
+            return print(&steps, &conntrack::deletions(&flows, &stale));
         }
         // The same steps once more would fail once more.
         if failed.as_ref() == Some(&steps) {
@@ -110,7 +111,7 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         }
         let flows = tracked(&tools, &steps).with_context(named)?;
         let stale = stale(config, &looks, &observed, &wanted, &flows);
-        end(&tools, &stale).with_context(named)?;
+        end(&tools, &conntrack::deletions(&flows, &stale)).with_context(named)?;
         total.removed += stale.len();
         if places(&aim(request, config, &observed, &mtus)?.0) == places(&looks) {
             summary(request, &looks, &total, started);
@@ -217,24 +218,24 @@ fn stale<'a>(
 }
 
 /// Deletes connections, so that their next packets are judged anew.
-fn end(tools: &Tools, flows: &[&Flow]) -> Result<()> {
-    if flows.is_empty() {
+fn end(tools: &Tools, deletions: &[String]) -> Result<()> {
+    if deletions.is_empty() {
         return Ok(());
     }
     tools.conntrack_delete(
-        &flows
+        &deletions
             .iter()
-            .map(|flow| format!("{flow}\n"))
+            .map(|line| format!("{line}\n"))
             .collect::<String>(),
     )?;
-    flows.iter().for_each(|flow| info!("conntrack {flow}"));
+    deletions.iter().for_each(|line| info!("conntrack {line}"));
     Ok(())
 }
 
-fn print(steps: &[Step], flows: &[&Flow]) -> Result<()> {
+fn print(steps: &[Step], deletions: &[String]) -> Result<()> {
     let commands = steps.iter().flat_map(Step::commands);
     let mut text: String = commands.map(|command| format!("{command}\n")).collect();
-    text.extend(flows.iter().map(|flow| format!("conntrack {flow}\n")));
+    text.extend(deletions.iter().map(|line| format!("conntrack {line}\n")));
     if text.is_empty() {
         text.push_str("# nothing to change\n");
     }

@@ -255,7 +255,7 @@ ask() {
 # expect_answer "NAME PEER" followed by the arguments of ask: who must answer, and what peer it must have seen.
 expect_answer() {
     local answer
-    answer=$(LAB_PATIENCE=5 ask "${@:2}") || { fail "no answer: ask ${*:2}"; return 1; }
+    answer=$(LAB_PATIENCE=${LAB_ANSWER_PATIENCE:-5} ask "${@:2}") || { fail "no answer: ask ${*:2}"; return 1; }
     [[ ${answer% *} == "$1" ]] || fail "expected an answer from '$1', got '$answer': ask ${*:2}"
 }
 

@@ -169,6 +169,20 @@ fn the_lan_has_a_say_only_with_hairpin() {
 }
 
 #[test]
+fn flows_that_differ_by_source_only_go_together_unless_one_is_to_live() {
+    let line = |source: &str| udp(X, 80, X, 80, 0).replace("192.0.2.9", source);
+    let text = ["192.0.2.9", "192.0.2.10", "192.0.2.11"]
+        .map(line)
+        .join("\n");
+    let flows = conntrack::parse(&text);
+    let all: Vec<_> = flows.iter().collect();
+    let together = "-D -p udp -d 203.0.113.10 -r 203.0.113.10 --dport 80 --reply-port-src 80";
+    assert_eq!(conntrack::deletions(&flows, &all), [together]);
+    assert_eq!(conntrack::deletions(&flows, &all[..2]).len(), 2);
+    assert_eq!(conntrack::deletions(&flows, &[]), [""; 0]);
+}
+
+#[test]
 fn what_deletes_a_flow_names_it_whole() {
     let lines = [
         (

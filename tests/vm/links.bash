@@ -142,7 +142,7 @@ wait_end() {
 }
 
 # wait_up ISP [ADDRESS]: until its link carries traffic, and has that address.
-wait_up() { LAB_WAIT=30 lab_wait addresses_up "$1" ${2:+to "$2"}; }
+wait_up() { lab_wait addresses_up "$1" ${2:+to "$2"}; }
 addresses_up() { ip -n router -4 address show dev "$(interface_of "$1")" up "${@:2}" 2>/dev/null; }
 
 # Until no mh-hook is left that ip-pre-up's started: its look at the link might mend what a test breaks.
