@@ -98,7 +98,7 @@ dial() {
     local isp
     rm -f "$LINKS_EVENTS"
     for isp; do
-        in_ns router pon "$isp" updetach >"$LAB_DIR/pon.$isp" 2>&1 || fail "pon $isp: $(<"$LAB_DIR/pon.$isp")" &
+        on_router pon "$isp" updetach >"$LAB_DIR/pon.$isp" 2>&1 || fail "pon $isp: $(<"$LAB_DIR/pon.$isp")" &
     done
     for isp; do
         if is_held pre-up; then
@@ -119,7 +119,7 @@ hang_up() {
     rm -f "$LINKS_EVENTS"
     for isp; do
         pids+=("$(pppd_pid "$isp")")
-        in_ns router poff "$isp"
+        on_router poff "$isp"
     done
     for isp; do is_held down || wait_event "down $isp"; done
     wait_end "${pids[@]}"
