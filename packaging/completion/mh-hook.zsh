@@ -36,20 +36,13 @@ _mh_hook() {
         '(- *)'{-h,--help}'[print the help]' \
         '(- *)'{-V,--version}'[print the version]' \
         '1: :->command' \
-        '*:: :->argument' && return
-    case $state in
-        command) _describe command commands ;;
-        argument)
-            case $words[1] in
-                up | down) ((CURRENT == 2)) && _mh_hook_interfaces ;;
-                event)
-                    case $CURRENT in
-                        2) _values direction pre-up up down ;;
-                        3) _mh_hook_interfaces ;;
-                    esac
-                    ;;
-            esac
-            ;;
+        '2: :->second' \
+        '3: :->third' \
+        '*: :' && return
+    case $state-$line[1] in
+        command-*) _describe command commands ;;
+        second-(up|down) | third-event) _mh_hook_interfaces ;;
+        second-event) _values direction pre-up up down ;;
     esac
 }
 
