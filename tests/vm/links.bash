@@ -159,7 +159,7 @@ events() { if [[ -e $LINKS_EVENTS ]]; then cat "$LINKS_EVENTS"; fi; }
 
 # wait_event LINE, or its beginning
 wait_event() {
-    local deadline=$((SECONDS + 30))
+    local deadline=$((SECONDS + ${LAB_WAIT:-30}))
     until has_event "$1"; do
         ((SECONDS < deadline)) || fail "no '$1' among the events '$(events)'"
         sleep 0.1
