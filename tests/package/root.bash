@@ -24,8 +24,9 @@ newer() {
 }
 
 # bare: Debian's least, with the packages that the tests install in its cache. full: what mh-hook depends on, on top.
+# booted: systemd on top of that, and a firewall that it starts.
 make_roots() {
-    local bare=$PACKAGE_DIR/bare full=$PACKAGE_DIR/full
+    local bare=$PACKAGE_DIR/bare
     mkdir -p "$PACKAGE_DIR"
     # Each comes to its name last, so that what has it is complete.
     if [[ ! -d $bare ]]; then
@@ -34,20 +35,26 @@ make_roots() {
             lab_die "debootstrap failed, see $PACKAGE_DIR/debootstrap.log"
         chroot "$bare.new" apt-get --quiet=2 update
         chroot "$bare.new" apt-get --quiet=2 --yes --no-install-recommends --download-only install \
-            ppp iproute2 iptables conntrack bash-completion zsh fish systemd >/dev/null
+            ppp iproute2 iptables conntrack bash-completion zsh fish systemd nftables >/dev/null
         mv "$bare.new" "$bare"
     fi
-    if [[ ! -d $full ]]; then
-        # A run that was stopped here has left it.
-        umount --quiet "$PACKAGE_DIR/mounted" 2>/dev/null || true
-        rm -rf "$full.new"
-        mkdir -p "$full.new" "$PACKAGE_DIR/work" "$PACKAGE_DIR/mounted"
-        mount -t overlay overlay "$PACKAGE_DIR/mounted" \
-            -o "lowerdir=$bare,upperdir=$full.new,workdir=$PACKAGE_DIR/work"
-        ROOT=$PACKAGE_DIR/mounted in_root apt_get install ppp iproute2 iptables conntrack >/dev/null 2>&1
-        umount "$PACKAGE_DIR/mounted"
-        mv "$full.new" "$full"
-    fi
+    make_layer full "$bare" ppp iproute2 iptables conntrack
+    make_layer booted "$PACKAGE_DIR/full:$bare" systemd nftables
+}
+
+# make_layer NAME LAYERS PACKAGE…: these packages, on top of those layers.
+make_layer() {
+    local dir=$PACKAGE_DIR/$1
+    if [[ -d $dir ]]; then return; fi
+    # A run that was stopped here has left it.
+    umount --quiet "$PACKAGE_DIR/mounted" 2>/dev/null || true
+    rm -rf "$dir.new"
+    mkdir -p "$dir.new" "$PACKAGE_DIR/work" "$PACKAGE_DIR/mounted"
+    mount -t overlay overlay "$PACKAGE_DIR/mounted" \
+        -o "lowerdir=$2,upperdir=$dir.new,workdir=$PACKAGE_DIR/work"
+    ROOT=$PACKAGE_DIR/mounted in_root apt_get install "${@:3}" >/dev/null 2>&1
+    umount "$PACKAGE_DIR/mounted"
+    mv "$dir.new" "$dir"
 }
 
 # in_root COMMAND…: as on a booted system: process 1 has the same root, so that nobody takes it for a chroot.
