@@ -1,14 +1,14 @@
 //! Where messages go: syslog, facility daemon, tag mh-hook; stderr where a person looks, where
 //! syslog can't be reached, and for errors.
 
-use std::io::{IsTerminal, stderr};
+use std::io::{IsTerminal, Write, stderr};
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use ::log::{Level, LevelFilter, Log, Metadata, Record};
 use anyhow::{Context, Result};
-use syslog::{Facility, Formatter3164, Logger, LoggerBackend};
+use syslog::{Facility, LogFormat, Logger, LoggerBackend, Severity};
 
 /// The socket of the local syslog daemon (syslog(3), `_PATH_LOG`).
 const SOCKET: &str = "/dev/log";
@@ -16,7 +16,7 @@ const SOCKET: &str = "/dev/log";
 /// How long a syslog daemon that does not read may keep us.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-type Syslog = Logger<LoggerBackend, Formatter3164>;
+type Syslog = Logger<LoggerBackend, Format>;
 
 struct Sinks {
     syslog: Mutex<Option<Syslog>>,
@@ -48,13 +48,25 @@ fn connect() -> Result<Syslog> {
     socket
         .connect(SOCKET)
         .with_context(|| format!("connect to {SOCKET}"))?;
-    let formatter = Formatter3164 {
-        facility: Facility::LOG_DAEMON,
-        hostname: None,
-        process: "mh-hook".into(),
-        pid: std::process::id(),
-    };
-    Ok(Logger::new(LoggerBackend::Unix(socket), formatter))
+    Ok(Logger::new(LoggerBackend::Unix(socket), Format))
+}
+
+/// `<30>mh-hook[4711]: isp0 up on ppp0 …`
+///
+/// The daemon adds the time, as it does where none is given (RFC 3164, 4.3.2): it knows the time zone.
+struct Format;
+
+impl LogFormat<&str> for Format {
+    fn format<W: Write>(
+        &self,
+        writer: &mut W,
+        severity: Severity,
+        message: &str,
+    ) -> syslog::Result<()> {
+        let priority = Facility::LOG_DAEMON as u8 | severity as u8;
+        let pid = std::process::id();
+        write!(writer, "<{priority}>mh-hook[{pid}]: {message}").map_err(syslog::Error::Write)
+    }
 }
 
 impl Sinks {
@@ -77,10 +89,10 @@ impl Log for Sinks {
         let line = printable(&record.args().to_string());
         let mut syslog = self.lock();
         let written = syslog.as_mut().map(|syslog| match record.level() {
-            Level::Error => syslog.err(&line),
-            Level::Warn => syslog.warning(&line),
-            Level::Info => syslog.info(&line),
-            Level::Debug | Level::Trace => syslog.debug(&line),
+            Level::Error => syslog.err(line.as_str()),
+            Level::Warn => syslog.warning(line.as_str()),
+            Level::Info => syslog.info(line.as_str()),
+            Level::Debug | Level::Trace => syslog.debug(line.as_str()),
         });
         let lost = !matches!(written, Some(Ok(())));
         if matches!(written, Some(Err(_))) {
@@ -97,7 +109,7 @@ impl Log for Sinks {
 
 /// One line without control characters: a peer's name or a hostile interface's must not write
 /// lines of its own, nor move a terminal's cursor.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for c in text.chars() {
         if c.is_control() {
