@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use crate::config::{Config, Uplink};
 use crate::desired::{Up, desired};
 use crate::iptables;
-use crate::state::{FwMark, IfName, Share, State, TableId, UplinkName};
+use crate::state::{FwMark, IfName, Loose, Share, State, TableId, UplinkName};
 
 /// An uplink's link that has an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +53,56 @@ pub fn wanted(config: &Config, observed: &State, looks: &Looks) -> State {
         }
     }
     wanted
+}
+
+/// What belongs to one uplink.
+#[derive(Debug)]
+pub struct Part {
+    /// What stands.
+    pub observed: State,
+    /// What should.
+    pub wanted: State,
+}
+
+/// The parts of the uplinks in question, and the orphans: what stands, and no configured uplink claims.
+pub fn parts(
+    config: &Config,
+    observed: &State,
+    looks: &Looks,
+) -> (BTreeMap<UplinkName, Part>, State) {
+    let tables = tables(Some(config), observed);
+    let mut wants = BTreeMap::new();
+    for (name, link) in looks {
+        if let Some(uplink) = config.uplinks.get(name) {
+            let link = link.as_ref();
+            let wanted = link.map(|link| desired(config, &Up { name, uplink, link }));
+            wants.insert(name.clone(), wanted.unwrap_or_default());
+        }
+    }
+    // As in a plan, nobody has given up an interface that somebody wants loosened.
+    let given_up = |loose: &Loose| {
+        let mut wanted = wants.values().flat_map(|state: &State| &state.loose);
+        !wanted.any(|wanted| wanted.interface == loose.interface)
+    };
+    let mut orphans = observed.clone();
+    orphans.loose.retain(given_up);
+    let mut parts = BTreeMap::new();
+    for (name, wanted) in &wants {
+        let mut theirs = share(&BTreeSet::from([name.clone()]), &tables, observed);
+        theirs.loose.retain(given_up);
+        // What an uplink wants is its own, whosever table or address it looks like.
+        for (_, other) in wants.iter().filter(|(other, _)| *other != name) {
+            theirs = theirs.without(other);
+        }
+        theirs.merge(observed.common(wanted));
+        orphans = orphans.without(&theirs);
+        let part = Part {
+            observed: theirs,
+            wanted: wanted.clone(),
+        };
+        parts.insert(name.clone(), part);
+    }
+    (parts, orphans)
 }
 
 /// What is left when an interface goes down while there is no configuration to say whose it is:

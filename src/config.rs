@@ -1037,7 +1037,8 @@ fn address_or_prefix(text: &str) -> Result<Ipv4Network> {
     }
 }
 
-fn describe(forward: &Forward) -> String {
+/// A forward's protocols and ports: `tcp/80`, `tcp+udp/53`, `udp/27015-27030`, `esp`, `any`.
+pub fn describe(forward: &Forward) -> String {
     let names: Vec<String> = forward.protocols.iter().map(ToString::to_string).collect();
     let protocols = if names.is_empty() {
         "any".into()

@@ -15,8 +15,13 @@ pub struct Flow {
     pub original: Tuple,
     /// As replies are expected: what NAT made of the other.
     pub reply: Tuple,
+    /// Whether packets of both directions have been seen.
+    pub is_replied: bool,
     /// Its mark, all bits.
     pub mark: u32,
+    /// The bytes of both directions, where the kernel counted them (`nf_conntrack_acct`,
+    /// Documentation/networking/nf_conntrack-sysctl.rst).
+    pub bytes: Option<u64>,
     /// `type`, `code` and `id` of ICMP.
     icmp: Option<[u16; 3]>,
 }
@@ -122,6 +127,7 @@ fn flow(line: &str) -> Option<Flow> {
         })
     };
     let number_of = |key| said(key, 0)?.parse().ok();
+    let bytes = [0, 1].map(|index| said("bytes", index)?.parse::<u64>().ok());
     let icmp = number_of("type")
         .zip(number_of("code"))
         .zip(number_of("id"));
@@ -131,6 +137,8 @@ fn flow(line: &str) -> Option<Flow> {
         mark: said("mark", 0)
             .and_then(|mark| mark.parse().ok())
             .unwrap_or(0),
+        is_replied: !line.contains("[UNREPLIED]"),
+        bytes: bytes[0].zip(bytes[1]).map(|(there, back)| there + back),
         icmp: icmp.map(|((kind, code), id)| [kind, code, id]),
         protocol,
         number,

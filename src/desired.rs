@@ -212,39 +212,44 @@ fn loosen(up: &Up, before: u8, state: &mut State, mangle: &mut Share) {
 /// ```
 fn forwards(up: &Up, nat: &mut Share) {
     nat.entries.push(jump(up));
+    nat.chain = Some(up.uplink.forwards.iter().flat_map(dnat).collect());
+}
+
+/// The rules of one forward in its uplink's nat chain: one for each source and protocol.
+///
+/// `-s 198.51.100.0/24 -p tcp -m tcp --dport 2222 -j DNAT --to-destination 192.168.0.2:22`
+pub fn dnat(forward: &Forward) -> Vec<Rulespec> {
+    let sources: Vec<String> = forward
+        .from
+        .iter()
+        .map(|from| format!("-s {from} "))
+        .collect();
+    let protocols: Vec<String> = forward
+        .protocols
+        .iter()
+        .map(|protocol| matches(*protocol, forward))
+        .collect();
+    let any = [String::new()];
     let mut rules = Vec::new();
-    for forward in &up.uplink.forwards {
-        let sources: Vec<String> = forward
-            .from
-            .iter()
-            .map(|from| format!("-s {from} "))
-            .collect();
-        let protocols: Vec<String> = forward
-            .protocols
-            .iter()
-            .map(|protocol| matches(*protocol, forward))
-            .collect();
-        let any = [String::new()];
-        for source in if sources.is_empty() {
+    for source in if sources.is_empty() {
+        &any[..]
+    } else {
+        &sources
+    } {
+        for protocol in if protocols.is_empty() {
             &any[..]
         } else {
-            &sources
+            &protocols
         } {
-            for protocol in if protocols.is_empty() {
-                &any[..]
-            } else {
-                &protocols
-            } {
-                let mut spec = format!("{source}{protocol}-j DNAT --to-destination {}", forward.to);
-                if let Some(port) = forward.to_port {
-                    // Writing to a String can't fail.
-                    let _ = write!(spec, ":{port}");
-                }
-                rules.push(Rulespec(spec));
+            let mut spec = format!("{source}{protocol}-j DNAT --to-destination {}", forward.to);
+            if let Some(port) = forward.to_port {
+                // Writing to a String can't fail.
+                let _ = write!(spec, ":{port}");
             }
+            rules.push(Rulespec(spec));
         }
     }
-    nat.chain = Some(rules);
+    rules
 }
 
 /// `-p tcp -m tcp --dport 80 `, `-p udp -m udp --dport 27015:27030 `, `-p esp `

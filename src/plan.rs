@@ -154,6 +154,82 @@ impl Step {
                 .collect(),
         }
     }
+
+    /// The same as commands that lead there when all of them are pasted, first those that delete: a
+    /// chain's rules each at its place, and the chain itself where it comes or goes.
+    pub fn mending(&self) -> Vec<(Change, Command)> {
+        let Self::Chain {
+            table,
+            uplink,
+            before,
+            after,
+        } = self
+        else {
+            return self.changes();
+        };
+        let chain = uplink.chain();
+        let command = |flag, spec| Command::chain(*table, flag, &chain, spec);
+        let (old, new) = (
+            before.as_deref().unwrap_or_default(),
+            after.as_deref().unwrap_or_default(),
+        );
+        let mut commands = Vec::new();
+        if before.is_none() {
+            commands.push((Change::Add, command("-N", None)));
+        }
+        if let Some((gone, inserted)) = amend(old, new) {
+            commands.extend(
+                gone.into_iter()
+                    .map(|spec| (Change::Delete, command("-D", Some(spec)))),
+            );
+            commands.extend(inserted.into_iter().map(|(number, spec)| {
+                let command = match number {
+                    Some(number) => Command::numbered(*table, &chain, number, spec),
+                    None => command("-A", Some(spec)),
+                };
+                (Change::Add, command)
+            }));
+        } else {
+            commands.push((Change::Delete, command("-F", None)));
+            commands.extend(
+                new.iter()
+                    .map(|spec| (Change::Add, command("-A", Some(spec)))),
+            );
+        }
+        if after.is_none() {
+            commands.push((Change::Delete, command("-X", None)));
+        }
+        commands
+    }
+}
+
+/// What goes from a chain, by its text, and then what comes, each at its number in the chain, or at
+/// its end.
+type Amendment<'a> = (Vec<&'a Rulespec>, Vec<(Option<usize>, &'a Rulespec)>);
+
+/// What makes one chain of the other, rule by rule; none where what stays is not in the right order.
+fn amend<'a>(before: &'a [Rulespec], after: &'a [Rulespec]) -> Option<Amendment<'a>> {
+    let (gone, _) = differ(before, after);
+    // iptables deletes the first of equal rules.
+    let mut count: BTreeMap<&Rulespec, usize> = BTreeMap::new();
+    gone.iter()
+        .for_each(|spec| *count.entry(*spec).or_default() += 1);
+    let stays = |spec: &&Rulespec| match count.get_mut(*spec) {
+        Some(left) if *left > 0 => {
+            *left -= 1;
+            false
+        }
+        _ => true,
+    };
+    let mut kept = before.iter().filter(stays).peekable();
+    let mut new = Vec::new();
+    for (index, spec) in after.iter().enumerate() {
+        if kept.next_if_eq(&spec).is_none() {
+            let number = kept.peek().map(|_| index + 1);
+            new.push((number, spec));
+        }
+    }
+    kept.next().is_none().then_some((gone, new))
 }
 
 /// A command line for a shell.
@@ -162,7 +238,15 @@ pub struct Command(String);
 
 impl Command {
     fn chain(table: Table, flag: &str, chain: &str, spec: Option<&Rulespec>) -> Self {
-        let mut text = format!("iptables -t {table} {flag} {}", quote(chain));
+        Self::spelled(format!("iptables -t {table} {flag} {}", quote(chain)), spec)
+    }
+
+    fn numbered(table: Table, chain: &str, number: usize, spec: &Rulespec) -> Self {
+        let start = format!("iptables -t {table} -I {} {number}", quote(chain));
+        Self::spelled(start, Some(spec))
+    }
+
+    fn spelled(mut text: String, spec: Option<&Rulespec>) -> Self {
         // A rulespec was joined from words, so it comes apart again.
         for word in spec
             .and_then(|spec| iptables::words(&spec.0).ok())
@@ -244,14 +328,15 @@ fn rp_filter(observed: &State, desired: &State) -> (Vec<Step>, Vec<Step>) {
         interface: loose.interface.clone(),
         value,
     };
+    // A renamed uplink has it already, and still wants it.
+    let other = |state: &State, loose: &Loose| {
+        let mut others = state.loose.iter();
+        others.any(|other| other.interface == loose.interface)
+    };
     let new = desired.loose.difference(&observed.loose);
-    let old = observed.loose.difference(&desired.loose).filter(|loose| {
-        // A renamed uplink still wants it.
-        !desired
-            .loose
-            .iter()
-            .any(|wanted| wanted.interface == loose.interface)
-    });
+    let new = new.filter(|loose| !other(observed, loose));
+    let old = observed.loose.difference(&desired.loose);
+    let old = old.filter(|loose| !other(desired, loose));
     (
         new.map(|loose| step(Change::Add, 2, loose)).collect(),
         old.map(|loose| step(Change::Delete, loose.before, loose))
@@ -321,4 +406,100 @@ fn differ<'a, T: Ord>(before: &'a [T], after: &'a [T]) -> (Vec<&'a T>, Vec<&'a T
     let mut missing: Vec<&T> = after.iter().rev().filter(|item| !spend(item)).collect();
     missing.reverse();
     (surplus, missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All chains of up to three rules, of three kinds; and none.
+    fn chains() -> Vec<Option<Vec<Rulespec>>> {
+        let mut chains = vec![Vec::new()];
+        for length in 0..3 {
+            let longer = chains.iter().filter(|chain| chain.len() == length);
+            let longer = longer.flat_map(|chain| {
+                ["-p tcp", "-p udp", "-p esp"].map(|spec| {
+                    let one = [Rulespec(spec.to_owned())];
+                    [chain.as_slice(), &one].concat()
+                })
+            });
+            chains.extend(longer.collect::<Vec<_>>());
+        }
+        chains.into_iter().map(Some).chain([None]).collect()
+    }
+
+    /// What iptables makes of a chain (iptables(8)).
+    fn carry_out(command: &str, chain: &mut Option<Vec<Rulespec>>) {
+        let words: Vec<&str> = command.split(' ').collect();
+        let spec = |from: usize| Rulespec(words[from..].join(" "));
+        assert_eq!(
+            (words[..3].join(" ").as_str(), words[4]),
+            ("iptables -t nat", "mh-isp0")
+        );
+        if words[3] == "-N" {
+            assert_eq!(chain.replace(Vec::new()), None, "{command}");
+            return;
+        }
+        let rules = chain.as_mut().expect("the chain stands");
+        match words[3] {
+            "-A" => rules.push(spec(5)),
+            "-I" => rules.insert(words[5].parse::<usize>().expect("a number") - 1, spec(6)),
+            "-D" => {
+                let place = rules.iter().position(|rule| *rule == spec(5));
+                rules.remove(place.expect("the rule stands"));
+            }
+            "-F" => rules.clear(),
+            "-X" => {
+                assert!(rules.is_empty(), "{command}");
+                *chain = None;
+            }
+            flag => panic!("{flag}"),
+        }
+    }
+
+    #[test]
+    fn the_mending_of_any_chain_deletes_first_and_ends_in_what_is_wanted() {
+        for before in chains() {
+            for after in chains().into_iter().filter(|after| *after != before) {
+                let step = Step::Chain {
+                    table: Table::Nat,
+                    uplink: UplinkName::parse("isp0").expect("a name"),
+                    before: before.clone(),
+                    after: after.clone(),
+                };
+                let mut mending = step.mending();
+                mending.sort_by_key(|(change, _)| *change != Change::Delete);
+                let mut chain = before.clone();
+                for (_, command) in &mending {
+                    carry_out(&command.to_string(), &mut chain);
+                }
+                assert_eq!(chain, after, "{before:?} by {mending:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn one_rule_that_is_missing_is_one_command() {
+        let rules = ["-p tcp", "-p udp", "-p esp"].map(|spec| Rulespec(spec.to_owned()));
+        for (missing, expected) in [
+            (0, "iptables -t nat -I mh-isp0 1 -p tcp"),
+            (1, "iptables -t nat -I mh-isp0 2 -p udp"),
+            (2, "iptables -t nat -A mh-isp0 -p esp"),
+        ] {
+            let mut before = rules.to_vec();
+            before.remove(missing);
+            let step = Step::Chain {
+                table: Table::Nat,
+                uplink: UplinkName::parse("isp0").expect("a name"),
+                before: Some(before),
+                after: Some(rules.to_vec()),
+            };
+            let mending = step.mending();
+            let commands: Vec<String> = mending
+                .iter()
+                .map(|(_, command)| command.to_string())
+                .collect();
+            assert_eq!(commands, [expected]);
+        }
+    }
 }

@@ -97,6 +97,8 @@ impl fmt::Display for TableId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::MAIN => f.write_str("main"),
+            Self(253) => f.write_str("default"),
+            Self(255) => f.write_str("local"),
             Self(id) => write!(f, "{id}"),
         }
     }
@@ -310,6 +312,16 @@ impl State {
                 .filter(|loose| uplinks.contains(&loose.uplink))
                 .cloned()
                 .collect(),
+        }
+    }
+
+    /// The routes, rules and loosened interfaces that are in `other` too.
+    pub fn common(&self, other: &Self) -> Self {
+        Self {
+            routes: &self.routes & &other.routes,
+            rules: &self.rules & &other.rules,
+            tables: BTreeMap::new(),
+            loose: &self.loose & &other.loose,
         }
     }
 

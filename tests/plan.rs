@@ -69,6 +69,42 @@ fn check(case: &Path) -> Result<(), String> {
     }
 }
 
+#[test]
+fn the_parts_of_all_uplinks_and_the_orphans_make_up_the_plan() {
+    let mut compared = 0;
+    for case in fs::read_dir("tests/plan").expect("tests/plan") {
+        let case = case.expect("an entry").path();
+        let read = |name: &str| fs::read_to_string(case.join(name)).unwrap_or_default();
+        let config = Config::parse(&read("config.toml")).expect("a configuration");
+        let observed = observe(&read("ip"), &read("iptables-save"));
+        let mut looks = if config.uplinks.is_empty() {
+            Looks::new()
+        } else {
+            looks(&read("links"))
+        };
+        // As `sync` does, at all uplinks.
+        for name in config.uplinks.keys() {
+            looks.entry(name.clone()).or_default();
+        }
+        let commands = |steps: Vec<Step>| -> Vec<String> {
+            let commands = steps.iter().flat_map(Step::commands);
+            commands.map(|command| command.to_string()).collect()
+        };
+        let mut whole = commands(plan(&observed, &claim::wanted(&config, &observed, &looks)));
+        let (parts, orphans) = claim::parts(&config, &observed, &looks);
+        assert_eq!(parts.len(), config.uplinks.len());
+        let parts = parts.into_values();
+        let parts = parts.map(|part| plan(&part.observed, &part.wanted));
+        let mut sum: Vec<String> = parts.flat_map(commands).collect();
+        sum.extend(commands(plan(&orphans, &State::default())));
+        whole.sort();
+        sum.sort();
+        assert_eq!(whole, sum, "{}", case.display());
+        compared += usize::from(!whole.is_empty());
+    }
+    assert!(compared > 10, "only {compared} have anything to do");
+}
+
 fn observe(listing: &str, save: &str) -> State {
     let ip::Listing { routes, rules, .. } = ip::parse(listing).expect("the listing of ip");
     let tables = iptables::parse(save).expect("what iptables-save prints");
