@@ -2,6 +2,7 @@
 //! Knows nothing of routing.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsFd;
@@ -44,6 +45,25 @@ pub enum Backend {
     Nft,
     /// By ip_tables.
     Legacy,
+}
+
+impl Backend {
+    /// The one of the two that this is not.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Nft => Self::Legacy,
+            Self::Legacy => Self::Nft,
+        }
+    }
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Nft => "iptables-nft",
+            Self::Legacy => "iptables-legacy",
+        })
+    }
 }
 
 /// What a tool that ran to its end said.
@@ -119,17 +139,59 @@ impl Tools {
         self.run(&self.ip, args, lines)
     }
 
+    /// The answer to one `ip` question, its words apart by spaces, or its refusal.
+    ///
+    /// # Errors
+    /// It can't be run.
+    pub fn ip_ask(&self, question: &str) -> Result<Output> {
+        let words = ["-4", "-N"].into_iter().chain(question.split(' '));
+        self.run(&self.ip, &words.collect::<Vec<_>>(), "")
+    }
+
+    /// What `ip` and iptables-save say of their versions.
+    ///
+    /// # Errors
+    /// One can't be run.
+    pub fn versions(&self) -> Result<(String, String)> {
+        let version = |path: &Path| -> Result<String> {
+            let output = self.run(path, &["-V"], "")?;
+            Ok(output.stdout.trim().to_owned())
+        };
+        Ok((version(&self.ip)?, version(&self.save)?))
+    }
+
+    /// What `nft list chains` says; none where nft is not installed, or does not work here.
+    ///
+    /// # Errors
+    /// It can't be run.
+    pub fn nft_chains(&self) -> Result<Option<String>> {
+        let Ok(path) = find("nft", "nftables") else {
+            return Ok(None);
+        };
+        let output = self.run(&path, &["list", "chains"], "")?;
+        Ok(output.status.success().then_some(output.stdout))
+    }
+
     /// All rules of all tables that there are.
     ///
     /// # Errors
     /// It can't be run or fails.
     pub fn iptables_save(&self) -> Result<String> {
-        let output = self.run(&self.save, &[], "")?;
-        ensure!(
-            output.status.success(),
-            "iptables-save: {}",
-            output.failure()
-        );
+        self.listing(&self.save, &[])
+    }
+
+    /// The same with counters.
+    ///
+    /// # Errors
+    /// It can't be run or fails.
+    pub fn iptables_counters(&self) -> Result<String> {
+        self.listing(&self.save, &["-c"])
+    }
+
+    fn listing(&self, path: &Path, args: &[&str]) -> Result<String> {
+        let output = self.run(path, args, "")?;
+        let name = path.file_name().unwrap_or_default().display();
+        ensure!(output.status.success(), "{name}: {}", output.failure());
         Ok(output.stdout)
     }
 
@@ -138,16 +200,34 @@ impl Tools {
     /// # Errors
     /// It can't be run or fails.
     pub fn other_iptables_save(&self) -> Result<Option<String>> {
-        let other = match self.backend {
-            Backend::Legacy => "iptables-nft-save",
-            Backend::Nft => "iptables-legacy-save",
-        };
-        let Ok(path) = find(other, "iptables") else {
-            return Ok(None);
-        };
-        let output = self.run(&path, &[], "")?;
-        ensure!(output.status.success(), "{other}: {}", output.failure());
-        Ok(Some(output.stdout))
+        self.other_listing(&[])
+    }
+
+    /// The same with counters.
+    ///
+    /// # Errors
+    /// It can't be run or fails.
+    pub fn other_iptables_counters(&self) -> Result<Option<String>> {
+        self.other_listing(&["-c"])
+    }
+
+    fn other_listing(&self, args: &[&str]) -> Result<Option<String>> {
+        let other = format!("{}-save", self.backend.other());
+        match find(&other, "iptables") {
+            Ok(path) => self.listing(&path, args).map(Some),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// The names of all tables of nftables, where its tool is installed.
+    ///
+    /// # Errors
+    /// It can't be run or fails.
+    pub fn nft_tables(&self) -> Result<Option<String>> {
+        match find("nft", "nftables") {
+            Ok(path) => self.listing(&path, &["list", "tables"]).map(Some),
+            Err(_) => Ok(None),
+        }
     }
 
     /// Changes tables, each in one transaction. The lock of the legacy backend is waited for.

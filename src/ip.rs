@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result};
 
@@ -22,6 +23,117 @@ pub struct Listing {
     pub mtus: BTreeMap<IfName, u32>,
 }
 
+/// What asks for everybody's rules and routes, for [`survey`].
+pub const SURVEY: &str = "rule show\nroute show table all\n";
+
+/// An entry of anybody's.
+#[derive(Clone, Debug)]
+pub struct Listed<T> {
+    /// Whether it carries our protocol number.
+    pub is_ours: bool,
+    /// The line, its white space made one, the kernel's own tables by their names.
+    pub text: String,
+    /// The entry, as far as it is of a form that we know; the rest is in its `rest`.
+    pub entry: T,
+}
+
+/// Everybody's entries, in the kernel's order.
+#[derive(Debug, Default)]
+pub struct Survey {
+    /// Rules.
+    pub rules: Vec<Listed<RouteRule>>,
+    /// Routes of all tables.
+    pub routes: Vec<Listed<Route>>,
+}
+
+/// The answers to [`SURVEY`]. What others have made may be of any form: a line that can't be read at
+/// all is left out.
+pub fn survey(text: &str) -> Survey {
+    let mut survey = Survey::default();
+    let lines = text
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with([' ', '\t']));
+    for line in lines {
+        let is_ours = has_our_protocol(line);
+        let text = named(line);
+        if let Some((priority, rest)) = line.split_once(":\t") {
+            survey
+                .rules
+                .extend(route_rule(priority, rest).ok().map(|entry| Listed {
+                    is_ours,
+                    text,
+                    entry,
+                }));
+        } else {
+            survey.routes.extend(route(line).ok().map(|entry| Listed {
+                is_ours,
+                text,
+                entry,
+            }));
+        }
+    }
+    survey
+}
+
+/// `32766: from all lookup 254` as `32766: from all lookup main`.
+fn named(line: &str) -> String {
+    let mut words: Vec<String> = Vec::new();
+    for word in line.split_ascii_whitespace() {
+        let is_table = words
+            .last()
+            .is_some_and(|last| last == "lookup" || last == "table");
+        let table = word.parse().ok().filter(|_| is_table).map(TableId);
+        words.push(table.map_or(word.to_owned(), |table| table.to_string()));
+    }
+    words.join(" ")
+}
+
+/// Whether a listed entry carries our protocol number.
+fn has_our_protocol(line: &str) -> bool {
+    let mut words = line.split_ascii_whitespace();
+    words.any(|word| word == "proto")
+        && words.next().and_then(|word| word.parse().ok()) == Some(PROTOCOL)
+}
+
+/// Where the kernel sends a packet: the answer to `ip route get`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Way {
+    /// Whether the router keeps it for itself.
+    pub is_local: bool,
+    /// The link it leaves by.
+    pub dev: String,
+    /// The next router; none where the destination is on the link.
+    pub via: Option<String>,
+    /// The table that decided.
+    pub table: Option<TableId>,
+    /// The source that the kernel would choose.
+    pub source: Option<Ipv4Addr>,
+}
+
+/// `192.0.2.9 from 192.168.0.2 dev ppp0 table 10 mark 0xa`, `local 203.0.113.10 dev lo table 255 …`
+pub fn way(text: &str) -> Result<Way> {
+    let line = text.lines().next().unwrap_or_default();
+    let mut way = Way::default();
+    let mut words = line.split_ascii_whitespace().peekable();
+    way.is_local = words
+        .next_if(|word| matches!(*word, "local" | "2" | "broadcast" | "3"))
+        .is_some();
+    while let Some(word) = words.next() {
+        match (word, words.peek()) {
+            ("dev", Some(dev)) => way.dev = (*dev).to_owned(),
+            ("via", Some(via)) => way.via = Some((*via).to_owned()),
+            ("table", Some(table)) => way.table = table.parse().ok().map(TableId),
+            ("src", Some(source)) => way.source = source.parse().ok(),
+            _ => {}
+        }
+    }
+    anyhow::ensure!(
+        !way.dev.is_empty(),
+        "read what ip route get answers: {line:?}"
+    );
+    Ok(way)
+}
+
 /// What `ip` lists. `ip rule` has no filter by protocol that works in every iproute2, so the rules of
 /// others come along and are passed over.
 ///
@@ -38,9 +150,12 @@ pub fn parse(text: &str) -> Result<Listing> {
         // `98:<tab>from …` is a rule, `2: ppp0: <…> mtu 1492 …` a link; a route starts with its
         // destination or kind.
         if let Some((priority, rest)) = line.split_once(":\t") {
-            listing
-                .rules
-                .extend(route_rule(priority, rest).with_context(context)?);
+            // Others' rules may be of a form that we never write.
+            if has_our_protocol(rest) {
+                listing
+                    .rules
+                    .insert(route_rule(priority, rest).with_context(context)?);
+            }
         } else if let Some((_, rest)) = line.split_once(": ") {
             listing.mtus.extend(mtu(rest));
         } else {
@@ -61,9 +176,8 @@ fn mtu(text: &str) -> Option<(IfName, u32)> {
 }
 
 /// `from 203.0.113.10 lookup 254 suppress_prefixlength 0 proto 109`
-fn route_rule(priority: &str, text: &str) -> Result<Option<RouteRule>> {
+fn route_rule(priority: &str, text: &str) -> Result<RouteRule> {
     let mut rule = RouteRule::new(priority.parse()?, TableId(0));
-    let mut ours = false;
     let mut words = text.split_ascii_whitespace();
     while let Some(word) = words.next() {
         let mut value = || {
@@ -79,11 +193,11 @@ fn route_rule(priority: &str, text: &str) -> Result<Option<RouteRule>> {
             "fwmark" => rule.fwmark = Some(fwmark(value()?)?),
             "lookup" => rule.table = TableId(value()?.parse()?),
             "suppress_prefixlength" => rule.suppress_prefixlength = Some(value()?.parse()?),
-            "proto" => ours = value()?.parse() == Ok(PROTOCOL),
+            "proto" => drop(value()?),
             _ => rule.rest.push(word.to_owned()),
         }
     }
-    Ok(ours.then_some(rule))
+    Ok(rule)
 }
 
 /// `default dev ppp0 table 10 scope 253` or, its kind as a number, `7 default table 10 metric 4278198272`
@@ -93,6 +207,8 @@ fn route(text: &str) -> Result<Route> {
     // RTN_* of linux/rtnetlink.h; `ip -N` prints the number.
     let kind = match first {
         "1" | "unicast" => Some(None),
+        "2" | "local" => Some(Some("local")),
+        "3" | "broadcast" => Some(Some("broadcast")),
         "6" | "blackhole" => Some(Some("blackhole")),
         "7" | "unreachable" => Some(Some("unreachable")),
         "8" | "prohibit" => Some(Some("prohibit")),

@@ -1,6 +1,7 @@
 //! What the kernel says of an interface now: up or not, its addresses, its reverse path filter.
 //! Read without a process of its own, so that it can be read again after applying.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::net::Ipv4Addr;
@@ -27,18 +28,16 @@ pub struct Link {
 }
 
 impl Link {
-    /// The interface as it is, or none.
+    /// All interfaces by name.
     ///
     /// # Errors
     /// The kernel can't be asked.
-    pub fn read(interface: &IfName) -> Result<Option<Self>> {
-        let mut link = None;
+    pub fn all() -> Result<BTreeMap<String, Self>> {
+        let mut links: BTreeMap<String, Self> = BTreeMap::new();
         for entry in getifaddrs().context("list interfaces (getifaddrs)")? {
             // An address carries its label, which can be NAME:ALIAS (ip-address(8), label).
-            if entry.interface_name.split(':').next() != Some(interface.as_str()) {
-                continue;
-            }
-            let link: &mut Self = link.get_or_insert_default();
+            let name = entry.interface_name.split(':').next().unwrap_or_default();
+            let link = links.entry(name.to_owned()).or_default();
             link.up |= entry.flags.contains(InterfaceFlags::IFF_UP);
             if let Some(address) = entry
                 .address
@@ -48,7 +47,15 @@ impl Link {
                 link.addresses.push(address.ip());
             }
         }
-        Ok(link)
+        Ok(links)
+    }
+
+    /// The interface as it is, or none.
+    ///
+    /// # Errors
+    /// The kernel can't be asked.
+    pub fn read(interface: &IfName) -> Result<Option<Self>> {
+        Ok(Self::all()?.remove(interface.as_str()))
     }
 
     /// Waits until the interface is up, for a while.

@@ -1,0 +1,174 @@
+//! What getifaddrs(3) leaves out of the kernel's answer: when each address was added (rtnetlink(7)).
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
+    sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use nix::time::{ClockId, clock_gettime};
+
+// linux/netlink.h
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_DUMP: u16 = 0x300;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+/// The bytes of a `nlmsghdr`: length, type, flags, sequence number, port.
+const HEADER: usize = 16;
+
+// linux/rtnetlink.h
+const RTM_NEWADDR: u16 = 20;
+const RTM_GETADDR: u16 = 22;
+
+// linux/if_addr.h
+/// The bytes of an `ifaddrmsg`: family, prefix length, flags, scope, the link's index.
+const ADDRESS: usize = 8;
+const IFA_LOCAL: u16 = 2;
+const IFA_LABEL: u16 = 3;
+const IFA_CACHEINFO: u16 = 6;
+
+/// More than one message of a dump takes (`NLMSG_GOODSIZE`, linux/netlink.h).
+const BUFFER: usize = 32 << 10;
+
+/// The most that the kernel may let us wait, in seconds: it answers while it is asked.
+const PATIENCE: i64 = 5;
+
+/// How long ago each IPv4 address was added to its interface.
+///
+/// # Errors
+/// The kernel can't be asked, or refuses.
+pub fn ages() -> Result<BTreeMap<(String, Ipv4Addr), Duration>> {
+    let asked = || "ask for the addresses' ages (netlink)";
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkRoute,
+    )
+    .with_context(asked)?;
+    setsockopt(
+        &socket,
+        sockopt::ReceiveTimeout,
+        &TimeVal::seconds(PATIENCE),
+    )
+    .with_context(asked)?;
+    send(socket.as_raw_fd(), &question(), MsgFlags::empty()).with_context(asked)?;
+    let mut ages = BTreeMap::new();
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let length =
+            recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()).with_context(asked)?;
+        // What the kernel stamps is its ticks, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
+        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).with_context(asked)?);
+        let mut messages = buffer.get(..length).unwrap_or_default();
+        while let Some((kind, body)) = message(&mut messages) {
+            match kind {
+                RTM_NEWADDR => {
+                    ages.extend(address(body).map(|(key, stamp)| (key, age(now, stamp))))
+                }
+                NLMSG_DONE => return Ok(ages),
+                NLMSG_ERROR => bail!("{}: the kernel refuses", asked()),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// All IPv4 addresses.
+fn question() -> Vec<u8> {
+    let mut question = Vec::new();
+    let length = u32::try_from(HEADER + ADDRESS).expect("it is 24");
+    question.extend(length.to_ne_bytes());
+    question.extend(RTM_GETADDR.to_ne_bytes());
+    question.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    question.extend([0; 8]);
+    question.push(AddressFamily::Inet as u8);
+    question.resize(HEADER + ADDRESS, 0);
+    question
+}
+
+/// The next message's type and body.
+fn message<'a>(rest: &mut &'a [u8]) -> Option<(u16, &'a [u8])> {
+    let length = usize::try_from(u32_at(rest, 0)?).ok()?;
+    let (kind, body) = (u16_at(rest, 4)?, rest.get(HEADER..length)?);
+    *rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    Some((kind, body))
+}
+
+/// An address with its interface, and when it was added, in hundredths of a second since the start.
+fn address(body: &[u8]) -> Option<((String, Ipv4Addr), u32)> {
+    let mut rest = body.get(ADDRESS..)?;
+    let (mut name, mut local, mut stamp) = (None, None, None);
+    while let Some(length) = u16_at(rest, 0).map(usize::from) {
+        let value = rest.get(4..length)?;
+        match u16_at(rest, 2)? {
+            IFA_LOCAL => local = <[u8; 4]>::try_from(value).ok().map(Ipv4Addr::from),
+            // NAME or NAME:ALIAS (ip-address(8), label), and a zero.
+            IFA_LABEL => {
+                let text = String::from_utf8_lossy(value);
+                name = text.split([':', '\0']).next().map(str::to_owned);
+            }
+            // Preferred and valid for how long, added and changed when.
+            IFA_CACHEINFO => stamp = u32_at(value, 8),
+            _ => {}
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Some(((name?, local?), stamp?))
+}
+
+/// The stamp has 32 bits, and starts anew after 497 days.
+fn age(now: Duration, stamp: u32) -> Duration {
+    let now = now.as_millis() / 10 % (1 << 32);
+    let now = u32::try_from(now).expect("it has 32 bits");
+    let passed = now.wrapping_sub(stamp);
+    // A tick may count as the one that follows.
+    let passed = if passed > u32::MAX - 100 { 0 } else { passed };
+    Duration::from_millis(u64::from(passed) * 10)
+}
+
+fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+    let bytes = bytes.get(offset..offset + 2)?;
+    bytes.try_into().ok().map(u16::from_ne_bytes)
+}
+
+fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    let bytes = bytes.get(offset..offset + 4)?;
+    bytes.try_into().ok().map(u32::from_ne_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_the_age_of_its_stamp_even_where_that_started_anew() {
+        let hundredths = |n: u64| Duration::from_millis(n * 10);
+        assert_eq!(age(hundredths(5000), 2000), hundredths(3000));
+        assert_eq!(
+            age(hundredths((1 << 32) + 700), u32::MAX - 299),
+            hundredths(1000)
+        );
+        assert_eq!(age(hundredths(5000), 5001), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_message_cut_short_is_none() {
+        let mut question: &[u8] = &question();
+        assert_eq!(message(&mut &question[..20]), None);
+        let (kind, body) = message(&mut question).expect("one message");
+        assert_eq!(
+            (kind, body.len(), question.len()),
+            (RTM_GETADDR, ADDRESS, 0)
+        );
+        // An attribute that is longer than the message.
+        assert_eq!(address(&[0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 2, 0, 1]), None);
+        // An attribute without a length must end the walk.
+        assert_eq!(address(&[0; 16]), None);
+    }
+}

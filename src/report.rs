@@ -1,0 +1,137 @@
+//! How `status`, `check` and `explain` speak: as text for a person, or as JSON.
+
+use std::env;
+use std::io::{IsTerminal, Write, stdout};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+/// In which form a report is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// For a person.
+    Text,
+    /// For a program.
+    Json,
+}
+
+/// What was found.
+pub trait Report: Serialize {
+    /// The lines for a person.
+    fn text(&self, style: Style) -> String;
+
+    /// Whether all is well: exit status 0, else 1.
+    fn is_well(&self) -> bool;
+}
+
+/// Prints a report, and says whether all is well.
+///
+/// # Errors
+/// It can't be printed.
+pub fn print(report: &impl Report, form: Form) -> Result<bool> {
+    let text = match form {
+        Form::Text => report.text(Style::of_stdout()),
+        Form::Json => serde_json::to_string_pretty(report).context("write JSON")? + "\n",
+    };
+    stdout()
+        .write_all(text.as_bytes())
+        .context("print the report")?;
+    Ok(report.is_well())
+}
+
+/// Whether text has colours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// On a terminal.
+    Coloured,
+    /// Elsewhere, or where the environment has `NO_COLOR` (<https://no-color.org>).
+    Plain,
+}
+
+/// What a colour says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tone {
+    /// As it should be.
+    Good,
+    /// Worth a look.
+    Doubtful,
+    /// Keeps it from working.
+    Bad,
+    /// A heading.
+    Strong,
+}
+
+impl Style {
+    fn of_stdout() -> Self {
+        let unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+            || env::var_os("TERM").is_some_and(|value| value == "dumb");
+        if stdout().is_terminal() && !unwanted {
+            Self::Coloured
+        } else {
+            Self::Plain
+        }
+    }
+
+    /// The text in the colour of its tone (ECMA-48, SGR).
+    pub fn paint(self, tone: Tone, text: &str) -> String {
+        let code = match tone {
+            Tone::Good => "32",
+            Tone::Doubtful => "33",
+            Tone::Bad => "31",
+            Tone::Strong => "1",
+        };
+        match self {
+            Self::Coloured => format!("\x1b[{code}m{text}\x1b[0m"),
+            Self::Plain => text.to_owned(),
+        }
+    }
+}
+
+/// Rows under each other, each column as wide as its widest cell, two spaces apart. Colours take no room.
+pub fn align(rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = Vec::new();
+    for row in rows {
+        widths.resize(widths.len().max(row.len()), 0);
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(width_of(cell));
+        }
+    }
+    let mut text = String::new();
+    for row in rows {
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| cell.clone() + &" ".repeat(width - width_of(cell)));
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// The characters that show: not those of [`Style::paint`]'s sequences, which end at an `m`.
+fn width_of(cell: &str) -> usize {
+    let mut parts = cell.split('\x1b');
+    let plain = parts.next().unwrap_or_default().chars().count();
+    let painted = parts.map(|part| part.split_once('m').map_or(part, |(_, shown)| shown));
+    plain + painted.map(|shown| shown.chars().count()).sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned_and_colours_take_no_room() {
+        let rows = |style: Style| {
+            let row = |first: String, last: &str| vec![first, last.to_owned()];
+            vec![
+                row("é".to_owned(), "1"),
+                row(style.paint(Tone::Good, "wide"), "2"),
+                row(style.paint(Tone::Bad, "mm"), ""),
+            ]
+        };
+        assert_eq!(align(&rows(Style::Plain)), "é     1\nwide  2\nmm\n");
+        let coloured = "é     1\n\x1b[32mwide\x1b[0m  2\n\x1b[31mmm\x1b[0m\n";
+        assert_eq!(align(&rows(Style::Coloured)), coloured);
+    }
+}
