@@ -32,4 +32,5 @@ pub mod request;
 pub mod ruleset;
 pub mod stale;
 pub mod state;
+pub mod status;
 pub mod system;

@@ -30,7 +30,7 @@ lab_need_root() {
 
 # What the lab itself needs.
 # shellcheck disable=SC2034 # tests/run and the demo install them
-LAB_PACKAGES=(conntrack diffutils iproute2 iptables procps socat util-linux)
+LAB_PACKAGES=(bsdutils conntrack diffutils iproute2 iptables nftables procps python3-jsonschema socat util-linux)
 
 # lab_install PACKAGE…: those of them that are missing.
 lab_install() {
@@ -278,6 +278,32 @@ expect_packets() {
 # expect_equal WHAT EXPECTED FOUND
 expect_equal() {
     [[ $2 == "$3" ]] || fail "$1:"$'\n'"$(diff --label expected --label found -u <(echo "$2") <(echo "$3"))"
+}
+
+# expect_schema NAME FILE: the file holds JSON as packaging/schema/NAME.schema.json has it.
+expect_schema() {
+    local said
+    said=$(/usr/bin/python3 - "$LAB_REPOSITORY/packaging/schema/$1.schema.json" "$2" <<'EOF' 2>&1
+import json, sys
+from jsonschema import Draft202012Validator as Validator
+schema, found = (json.load(open(path)) for path in sys.argv[1:])
+Validator.check_schema(schema)
+errors = [f"{error.json_path}: {error.message}" for error in Validator(schema).iter_errors(found)]
+sys.exit("\n".join(errors) or None)
+EOF
+    ) || fail "$2 is not as the schema $1 has it: $said"
+}
+
+# field FILE PATH…: a value in a file of JSON, by keys and indices; a number or null as it is, a list line by line.
+field() {
+    /usr/bin/python3 - "$@" <<'EOF'
+import json, sys
+value = json.load(open(sys.argv[1]))
+for key in sys.argv[2:]:
+    value = value[int(key) if isinstance(value, list) else key]
+for item in value if isinstance(value, list) else [value]:
+    print(item if isinstance(item, str) else json.dumps(item))
+EOF
 }
 
 # fail MESSAGE…: says it, shows the router as it stands, and returns 1.

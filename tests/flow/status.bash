@@ -1,0 +1,404 @@
+# shellcheck shell=bash
+# `mh-hook status`: what stands against what should, what the forwards have seen; and that looking changes nothing.
+
+STATUS=/run/lab/status
+
+# status 0|1 [ARGUMENT…]: text in $STATUS, JSON in $STATUS.json, whose form must be that of the schema. It changes nothing.
+status() {
+    local expected=$1 before form code
+    shift
+    before=$(lab_dump)
+    for form in '' --json; do
+        code=0
+        mh_hook status "$@" ${form:+"$form"} >"$STATUS${form/--/.}" || code=$?
+        ((code == expected)) || fail "exit status $code: status $* $form: $(cat "$STATUS${form/--/.}")"
+    done
+    expect_schema status "$STATUS.json"
+    expect_equal "after status" "$before" "$(lab_dump)"
+}
+
+# row PATTERN: the line of the text that matches, its columns a space apart.
+row() { grep -E -- "$1" "$STATUS" | tr -s ' '; }
+
+# isp0_field KEY…: of the first uplink.
+isp0_field() { field "$STATUS.json" uplinks 0 "$@"; }
+
+# isp0_fields KEY…: several, a space apart.
+isp0_fields() {
+    local key
+    for key; do isp0_field "$key"; done | paste -sd ' '
+}
+
+# forward_fields INDEX KEY…: the same of a forward of isp0.
+forward_fields() {
+    local key
+    for key in "${@:2}"; do isp0_field forwards "$1" "$key"; done | paste -sd ' '
+}
+
+# expect_in_step [UPLINK]: as the text, the JSON and the exit status say.
+expect_in_step() {
+    status 0 "$@"
+    expect_equal "in step" true "$(field "$STATUS.json" in_step)"
+    expect_equal "what is not, in the text" "" "$(grep -E 'drifted|^#|^ip |^iptables |^echo ' "$STATUS" || true)"
+}
+
+# expect_drift SURPLUS MISSING: the commands for isp0, line by line; pasted, they bring it in step again.
+expect_drift() {
+    status 1
+    expect_equal "surplus" "$1" "$(isp0_field surplus)"
+    expect_equal "missing" "$2" "$(isp0_field missing)"
+    expect_equal "in step" false "$(isp0_field in_step)"
+    expect_equal "the other in step" true "$(field "$STATUS.json" uplinks 1 in_step)"
+    expect_equal "commands in the text" "$(printf '%s\n' "$1" "$2" | grep .)" \
+        "$(grep -E '^(ip|iptables|echo) ' "$STATUS")"
+    [[ $(row '^isp0 +ppp0') == *" drifted: $(grep -c . <<<"$2") missing, $(grep -c . <<<"$1") surplus" ]] ||
+        fail "the state in the text: $(row ^isp0)"
+    paste_commands
+    expect_in_step
+}
+
+# From the first heading to the end, as a person would.
+paste_commands() { sed -n '/^#/,$p' "$STATUS" | on_router sh -e; }
+
+up_both() {
+    mh_hook -q up ppp0
+    mh_hook -q up ppp1
+}
+
+# seconds_out: ages as a letter, and columns a space apart.
+seconds_out() { sed -E 's/ [0-9]+ s / S /; s/  +/ /g'; }
+
+test_status_tells_each_uplink_and_its_forwards() {
+    local title column
+    up_both
+    expect_in_step
+    expect_equal "the text" "uplink link address up for table mark marked state
+isp0 ppp0 $X S 10 0xa/0xff 0 in step
+isp1 ppp1 198.51.100.20 S - - - in step
+
+uplink forward from to connections bytes open open bytes
+isp0 tcp/80 - 192.168.0.2 0 0 0 -
+isp0 tcp/2222 192.0.2.77/32 192.168.0.2:22 0 0 0 -
+isp0 udp/27015-27030 - 192.168.0.2 0 0 0 -" "$(seconds_out <"$STATUS")"
+    # Each column begins where its title does.
+    for title in link address table marked state; do
+        column=$(head -n 1 "$STATUS" | grep -bow "$title" | cut -d : -f 1)
+        grep -qE "^.{$((column - 2))}  [^ ]" <(sed -n 2p "$STATUS") || fail "$title: $(cat "$STATUS")"
+    done
+    expect_equal "in JSON" "isp0 ppp0 up $X 10 10 0" \
+        "$(isp0_fields name interface link address table mark marked)"
+    expect_equal "a forward in JSON" "tcp/2222 192.0.2.77/32 192.168.0.2:22 0 0 0 null" \
+        "$(forward_fields 1 service from to connections bytes open open_bytes)"
+}
+
+test_status_tells_for_how_long_the_link_has_had_its_address() {
+    local first second
+    up_both
+    sleep 2
+    status 0
+    first=$(isp0_field up_seconds)
+    ((first >= 2 && first < 60)) || fail "up for $first s"
+    sleep 1.1
+    status 0
+    second=$(isp0_field up_seconds)
+    ((second > first)) || fail "up for $second s after $first s"
+    row '^isp0 +ppp0' | grep -qE " ($((second - 1))|$second|$((second + 1))) s " || fail "in the text: $(row ^isp0)"
+    # Dialled again with the same address.
+    lab_link_down ppp0
+    lab_link_up ppp0 "$X"
+    mh_hook -q up ppp0
+    status 0
+    (($(isp0_field up_seconds) <= 2)) || fail "up for $(isp0_field up_seconds) s after a redial"
+    (($(field "$STATUS.json" uplinks 1 up_seconds) >= second)) || fail "the other link: $(cat "$STATUS.json")"
+}
+
+test_status_names_what_is_missing_and_the_commands_mend_it() {
+    up_both
+    on_router ip rule del priority 100
+    on_router ip route del default dev ppp0 table 10
+    leave_out mangle 'CONNMARK --restore-mark'
+    expect_forward_silent
+    expect_drift '' "ip route add default dev ppp0 table 10 protocol 109
+ip rule add priority 100 from $X lookup 10 protocol 109
+iptables -t mangle -A PREROUTING -i eth1 -m connmark --mark 0xa/0xff -m comment --comment mh-isp0 \
+-j CONNMARK --restore-mark --nfmask 0xff --ctmask 0xff"
+    expect_forward_answered
+}
+
+test_status_puts_a_missing_forward_where_it_belongs() {
+    up_both
+    leave_out nat 'dport 80 '
+    expect_forward_silent
+    expect_drift '' 'iptables -t nat -I mh-isp0 1 -p tcp -m tcp --dport 80 -j DNAT --to-destination 192.168.0.2'
+    expect_forward_answered
+    # The same entries in another order are not the same.
+    leave_out nat 'dport 80 '
+    on_router /usr/sbin/iptables -t nat -A mh-isp0 -p tcp -m tcp --dport 80 -j DNAT --to-destination 192.168.0.2
+    status 1
+    paste_commands
+    expect_in_step
+}
+
+test_status_names_what_is_surplus_and_the_commands_mend_it() {
+    up_both
+    on_router ip rule add priority 200 from 192.0.2.50 lookup 10 protocol 109
+    on_router /usr/sbin/iptables -t nat -A mh-isp0 -p tcp -m tcp --dport 81 -j DNAT --to-destination 192.168.0.2
+    on_router /usr/sbin/iptables -t mangle -A FORWARD -i ppp0 -m comment --comment mh-isp0 -j ACCEPT
+    expect_drift 'iptables -t mangle -D FORWARD -i ppp0 -m comment --comment mh-isp0 -j ACCEPT
+iptables -t nat -D mh-isp0 -p tcp -m tcp --dport 81 -j DNAT --to-destination 192.168.0.2
+ip rule del priority 200 from 192.0.2.50 lookup 10 protocol 109' ''
+}
+
+test_status_of_a_new_address_is_drifted_until_the_commands_are_pasted() {
+    up_both
+    lab_link_down ppp0
+    lab_link_up ppp0 203.0.113.99
+    status 1
+    expect_equal "address" 203.0.113.99 "$(isp0_field address)"
+    expect_equal "surplus rules" 2 "$(isp0_field surplus | grep -c "^ip rule del .* from $X ")"
+    expect_equal "missing rules" 2 "$(isp0_field missing | grep -c '^ip rule add .* from 203.0.113.99 ')"
+    expect_equal "orphans" "" "$(field "$STATUS.json" orphans)"
+    expect_forward_silent 203.0.113.99
+    paste_commands
+    expect_in_step
+    expect_forward_answered 203.0.113.99
+}
+
+test_status_before_the_first_up_misses_all_and_the_commands_make_it() {
+    status 1
+    expect_equal "surplus" "" "$(isp0_field surplus)"
+    expect_equal "what the forward was given" "null null" "$(forward_fields 0 connections bytes)"
+    expect_forward_silent
+    paste_commands
+    expect_in_step
+    expect_forward_answered
+    expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
+    mh_hook up ppp0 2>"$LAB_DIR/log"
+    [[ $(cat "$LAB_DIR/log") == *": 0 added, 0 removed"* ]] || fail "after the commands: $(cat "$LAB_DIR/log")"
+}
+
+test_status_of_strict_filtering() {
+    lab_sysctl router net.ipv4.conf.ppp0.rp_filter=1
+    up_both
+    expect_in_step
+    lab_sysctl router net.ipv4.conf.ppp0.rp_filter=1
+    expect_drift '' 'echo 2 > /proc/sys/net/ipv4/conf/ppp0/rp_filter'
+    expect_equal "rp_filter of ppp0" 2 "$(rp_filter ppp0)"
+}
+
+test_status_of_a_link_that_is_down() {
+    local before
+    before=$(lab_dump)
+    up_both
+    lab_link_down ppp0
+    status 1
+    expect_equal "missing" "" "$(isp0_field missing)"
+    expect_equal "the link and its address" "down null null" "$(isp0_fields link address up_seconds)"
+    expect_equal "open connections" null "$(isp0_field forwards 0 open)"
+    [[ $(row '^isp0 +ppp0') == *" down "*" drifted: 0 missing, "* ]] || fail "in the text: $(row ^isp0)"
+    paste_commands
+    expect_in_step
+    [[ $(row '^isp0 +ppp0') == *" down "*" in step" ]] || fail "in the text: $(row ^isp0)"
+    expect_equal "what the forward was given" null "$(isp0_field forwards 0 connections)"
+    lab_link_delete ppp0
+    expect_in_step
+    expect_equal "the link" missing "$(isp0_field link)"
+    lab_link_up ppp0 "$X"
+    mh_hook -q down ppp1
+    expect_equal "after all" "$before" "$(lab_dump)"
+    on_router ip address flush dev ppp0
+    status 1
+    expect_equal "the link" no-address "$(isp0_field link)"
+}
+
+test_status_of_an_uplink_that_is_known_by_ipparam() {
+    configure "$FORWARD_80"
+    sed -i 's/^interface = "ppp0"/ipparam = "line0"/' "$LAB_CONFIG"
+    mh_hook -q up ppp1
+    expect_in_step
+    expect_equal "before any call" "unknown null" "$(isp0_fields link interface)"
+    mh_hook -q event up ppp0 /dev/null 0 "$X" 203.0.113.1 line0
+    expect_in_step
+    expect_equal "after it" "up ppp0 $X" "$(isp0_fields link interface address)"
+}
+
+test_status_tells_orphans_apart() {
+    up_both
+    expect_in_step
+    sed -i 's/^\[uplink\.isp0\]/[uplink.other]/; s/^table = 10/table = 11/' "$LAB_CONFIG"
+    status 1
+    expect_equal "the new one's surplus" "" "$(field "$STATUS.json" uplinks 1 surplus)"
+    field "$STATUS.json" orphans >"$LAB_DIR/orphans"
+    expect_equal "in the text" "$(cat "$LAB_DIR/orphans")" "$(sed '1,/^# of no/d' "$STATUS" | grep -v '^#')"
+    expect_equal "its chains" 2 "$(grep -c ' -X mh-isp0$' "$LAB_DIR/orphans")"
+    # The third is the new one's, too: it names the address and no table of an uplink's.
+    expect_equal "its rules" 2 "$(grep -c '^ip rule del ' "$LAB_DIR/orphans")"
+    expect_equal "its routes" 2 "$(grep -c '^ip route del ' "$LAB_DIR/orphans")"
+    status 0 isp1
+    expect_equal "orphans, where one uplink is asked for" null "$(field "$STATUS.json" orphans)"
+    status 1
+    on_router sh -e "$LAB_DIR/orphans"
+    expect_equal "entries of the old name" "" "$(lab_dump | grep mh-isp0 || true)"
+    status 1
+    expect_equal "orphans" "" "$(field "$STATUS.json" orphans)"
+    paste_commands
+    expect_in_step
+    expect_forward_answered
+}
+
+test_status_leaves_to_a_renamed_uplink_what_it_wants_itself() {
+    lab_sysctl router net.ipv4.conf.ppp0.rp_filter=1
+    up_both
+    sed -i 's/^\[uplink\.isp0\]/[uplink.other]/' "$LAB_CONFIG"
+    status 1
+    expect_equal "routes and rules, and the former rp_filter" "" "$(grep -E '^ip |^echo 1' "$STATUS" || true)"
+    paste_commands
+    expect_in_step
+    expect_forward_answered
+}
+
+test_status_of_one_uplink() {
+    local output code=0
+    up_both
+    on_router ip rule del priority 100
+    expect_in_step isp1
+    expect_equal "uplinks" isp1 "$(field "$STATUS.json" uplinks 0 name)"
+    expect_equal "isp0 in the text" "" "$(row isp0 || true)"
+    status 1 isp0
+    expect_equal "isp1 in the text" "" "$(row isp1 || true)"
+    output=$(mh_hook status isp2 2>&1) || code=$?
+    expect_equal "an unknown one" "2 there is no [uplink.isp2]" "$code ${output##*: }"
+}
+
+test_status_counts_what_a_forward_has_seen() {
+    local _
+    up_both
+    for _ in 1 2 3; do expect_forward_answered; done
+    expect_answer "server 192.0.2.9" client udp "$X" 27015
+    expect_answer "server 192.0.2.9" client udp "$X" 27030
+    expect_answer "server 192.0.2.77" client tcp "$X" 2222 --source 192.0.2.77
+    expect_silence client tcp "$X" 2222 --source 192.0.2.9
+    # By the uplink's address from the LAN, too.
+    expect_answer "server 192.168.0.1" lanhost tcp "$X" 80
+    status 0
+    expect_equal "connections" "4 1 2" "$(for i in 0 1 2; do isp0_field forwards "$i" connections; done | paste -sd ' ')"
+    # A SYN takes 60 bytes here.
+    expect_equal "bytes" 240 "$(isp0_field forwards 0 bytes)"
+    expect_equal "in the text" "isp0 tcp/80 - 192.168.0.2 4 240" "$(row tcp/80 | cut -d ' ' -f 1-6)"
+}
+
+test_status_sums_up_the_rules_of_one_forward() {
+    configure 'forward = [
+  { proto = ["tcp", "udp"], port = "80-27015", to = "192.168.0.2", from = ["192.0.2.9", "192.0.2.77"] },
+]'
+    up_both
+    expect_answer "server 192.0.2.9" client udp "$X" 27015
+    expect_forward_answered
+    expect_answer "server 192.0.2.77" client tcp "$X" 80 --source 192.0.2.77
+    status 0
+    expect_equal "its connections" 3 "$(isp0_field forwards 0 connections)"
+    expect_equal "in the text" "isp0 tcp+udp/80-27015 192.0.2.9/32,192.0.2.77/32 192.168.0.2 3" \
+        "$(row 'tcp\+udp' | cut -d ' ' -f 1-5)"
+    leave_out nat '192.0.2.77.*tcp'
+    status 1
+    expect_equal "without one of its rules" 2 "$(isp0_field forwards 0 connections)"
+}
+
+test_status_counts_open_connections_and_their_bytes() {
+    # A flow from before the forward, which it did not make, and one of another's forward to the same host and port.
+    mh_hook -q up ppp1
+    expect_none 4000 "$X" 27015
+    hide_conntrack
+    mh_hook -q up ppp0
+    show_conntrack
+    on_router /usr/sbin/iptables -t nat -A PREROUTING -i ppp1 -p udp -j DNAT --to-destination 192.168.0.2
+    expect_answer "server 192.0.2.9" client udp 198.51.100.20 27015
+    expect_equal "flows beside" 2 \
+        "$({ tracked -p udp --orig-port-src 4000; tracked --orig-dst 198.51.100.20; } | wc -l)"
+    lab_sysctl router net.netfilter.nf_conntrack_acct=1
+    expect_answer "server 192.0.2.9" client udp "$X" 27015
+    expect_answer "server 192.0.2.9" client udp "$X" 27022
+    # A datagram for a port beside, and a connection of the LAN's own.
+    expect_silence client udp "$X" 27031
+    expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
+    status 0
+    expect_equal "open" "0 0 2" "$(for i in 0 1 2; do isp0_field forwards "$i" open; done | paste -sd ' ')"
+    expect_equal "open bytes" "$(tracked -p udp --orig-dst "$X" --reply-src 192.168.0.2 |
+        grep -o 'bytes=[0-9]*' | awk -F = '{ sum += $2 } END { print sum }')" "$(isp0_field forwards 2 open_bytes)"
+    expect_equal "open bytes of none" 0 "$(isp0_field forwards 0 open_bytes)"
+    expect_equal "marked" "3 $(tracked --mark 10/255 | wc -l)" "$(isp0_field marked) 3"
+    lab_sysctl router net.netfilter.nf_conntrack_acct=0
+    status 0
+    expect_equal "open bytes without accounting" null "$(isp0_field forwards 2 open_bytes)"
+    on_router conntrack -D -p udp --orig-dst "$X" >"$LAB_DIR/log" 2>&1
+    status 0
+    expect_equal "open and marked, when they have ended" "0 0" "$(forward_fields 2 open) $(isp0_field marked)"
+    expect_equal "what there have been" 2 "$(isp0_field forwards 2 connections)"
+}
+
+test_status_counts_marks_by_our_bits_only() {
+    on_router /usr/sbin/iptables -t mangle -A PREROUTING -i ppp0 -j CONNMARK --set-xmark 0x100/0x100
+    up_both
+    expect_answer "server 192.0.2.9" client udp "$X" 27015
+    status 0
+    expect_equal "marked" 1 "$(isp0_field marked)"
+}
+
+test_status_without_the_tool_conntrack() {
+    up_both
+    expect_answer "server 192.0.2.9" client udp "$X" 27015
+    status 0
+    expect_equal "marked, open" "1 1" "$(isp0_field marked) $(forward_fields 2 open)"
+    hide_conntrack
+    expect_in_step
+    expect_equal "marked, and open, open bytes, connections" "null null null 1" \
+        "$(isp0_field marked) $(forward_fields 2 open open_bytes connections)"
+}
+
+# on_terminal [NAME=VALUE…]: what status prints there.
+on_terminal() {
+    script --quiet --return --command "env $* ip netns exec router $MH_HOOK --config $LAB_CONFIG status" \
+        /dev/null </dev/null | tr -d '\r'
+}
+
+test_status_has_colours_on_a_terminal_only() {
+    local plain escape=$'\e['
+    up_both
+    status 0
+    plain=$(seconds_out <"$STATUS")
+    [[ $plain != *"$escape"* ]] || fail "colours in a pipe"
+    [[ $(on_terminal TERM=xterm) == *"${escape}32min step${escape}0m"* ]] || fail "no green: $(on_terminal TERM=xterm)"
+    expect_equal "without its colours" "$plain" "$(on_terminal TERM=xterm | sed -E 's/\x1b\[[0-9]*m//g' | seconds_out)"
+    expect_equal "with NO_COLOR" "$plain" "$(on_terminal TERM=xterm NO_COLOR=1 | seconds_out)"
+    expect_equal "on a dumb terminal" "$plain" "$(on_terminal TERM=dumb | seconds_out)"
+    [[ $(on_terminal TERM=xterm NO_COLOR=) == *"$escape"* ]] || fail "an empty NO_COLOR counts as none"
+    # The columns stand where they stand without.
+    expect_equal "columns" "$(on_terminal TERM=dumb | sed -n 5,8p)" \
+        "$(on_terminal TERM=xterm | sed -E 's/\x1b\[[0-9]*m//g' | sed -n 5,8p)"
+    on_router ip rule del priority 100
+    [[ $(on_terminal TERM=xterm || true) == *"${escape}31mdrifted"* ]] || fail "no red: $(on_terminal TERM=xterm)"
+}
+
+test_status_writes_nothing() {
+    up_both
+    on_router stdbuf -oL nft monitor >"$LAB_DIR/nft" 2>&1 &
+    on_router stdbuf -oL ip monitor route rule address >"$LAB_DIR/ip" 2>&1 &
+    # Both must be seen to hear.
+    lab_wait heard_both
+    sleep 0.3
+    : >"$LAB_DIR/nft"
+    : >"$LAB_DIR/ip"
+    mh_hook status >"$STATUS"
+    mh_hook status --json >"$STATUS"
+    sleep 0.3
+    expect_equal "heard" "" "$(grep -hv '^# new generation' "$LAB_DIR/nft" "$LAB_DIR/ip" | grep . || true)"
+}
+
+# heard_both: a foreign write of each kind; prints when both monitors have told of them.
+heard_both() {
+    on_router nft "add table ip heard; delete table ip heard"
+    on_router ip route replace 10.99.0.0/16 dev eth1
+    on_router ip route del 10.99.0.0/16 dev eth1
+    sleep 0.1
+    if grep -q 'table ip heard' "$LAB_DIR/nft"; then grep '10\.99' "$LAB_DIR/ip" || true; fi
+}
