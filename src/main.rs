@@ -1,22 +1,27 @@
 //! Arguments, logger, exit status. Decides nothing.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Error, Result, bail};
 use lexopt::Arg;
 use log::{LevelFilter, error};
 
+use mh_hook::check::check;
 use mh_hook::command::start_self;
 use mh_hook::config::{self, Config};
 use mh_hook::converge::{Mode, converge};
 use mh_hook::event::{self, Direction, Event};
+use mh_hook::explain::{Question, explain};
 use mh_hook::link::Link;
+use mh_hook::report::{Form, print};
 use mh_hook::request::Request;
 use mh_hook::state::{IfName, UplinkName, check_local};
+use mh_hook::status::status;
+use mh_hook::system::System;
 
 const HELP: &str = "\
 mh-hook: multi-homing for a router with several PPPoE links
@@ -29,6 +34,10 @@ Commands:
   sync                   bring every uplink to what its link's state asks for
   event pre-up|up|down ARGS...
                          what pppd's hooks call, with all of pppd's arguments
+  status [NAME]          each uplink, its link, what stands, what it has seen
+  check                  what would keep this from working, and what mends it
+  explain CLIENT [PROTO/PORT]
+                         where a request of this address goes, and its reply
 
 IFNAME is taken from the environment where it is not given, the address of the
 link from --local, else from IPLOCAL in the environment, else from the kernel.
@@ -40,13 +49,19 @@ Options:
       --dry-run      print the plan as commands to be pasted, change nothing
       --local ADDR   the link's address, with up
       --uplink NAME  whose link it is, with up, where nothing else tells
+      --json         print JSON, with status, check and explain
+      --to WHERE     the uplink or address that is asked, with explain
+      --from-lan HOST
+                     the journey of this LAN host's own connection, with
+                     explain; its destination takes CLIENT's place
   -v, --verbose      say what was looked at, too
   -q, --quiet        say errors only
   -h, --help         print this
   -V, --version      print the version
 
 Exit status: 0 done, nothing to do, or not one of our interfaces; 1 the kernel
-could not be brought to the desired state; 2 usage or configuration.
+could not be brought to the desired state, or status, check or explain found
+what is not well; 2 usage or configuration.
 ";
 
 /// What the command line asks for.
@@ -71,7 +86,19 @@ enum Command {
         args: Vec<OsString>,
     },
     Sync,
+    Look(Look, Form),
     Print(String),
+}
+
+/// What only looks.
+enum Look {
+    Status(Option<OsString>),
+    Check,
+    Explain {
+        words: Vec<OsString>,
+        to: Option<OsString>,
+        from_lan: Option<OsString>,
+    },
 }
 
 /// Which exit status an error asks for.
@@ -96,8 +123,13 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     mh_hook::log::init(arguments.level, arguments.level > LevelFilter::Info);
-    let (error, status) = match run(arguments) {
-        Ok(()) => return ExitCode::SUCCESS,
+    let result = match arguments.command {
+        Command::Look(look, form) => look_at(look, form, &arguments.config_path),
+        _ => run(arguments).map(|()| true),
+    };
+    let (error, status) = match result {
+        Ok(true) => return ExitCode::SUCCESS,
+        Ok(false) => return ExitCode::from(1),
         Err(Failure::Kernel(error)) => (error, 1),
         Err(Failure::Usage(error)) => (error, 2),
     };
@@ -111,6 +143,46 @@ fn report(error: &Error) {
         Some(errors) => errors.lines().for_each(|line| error!("{line}")),
         None => error!("{error:#}"),
     }
+}
+
+/// Prints what a person asks for, and says whether all is well.
+fn look_at(look: Look, form: Form, config_path: &Path) -> Result<bool, Failure> {
+    let config = Config::load(config_path);
+    let printed = match look {
+        Look::Check => System::read()
+            .and_then(|system| check(&system, config.as_ref()))
+            .and_then(|check| print(&check, form)),
+        Look::Status(name) => {
+            let config = config.map_err(Failure::Usage)?;
+            let name = name.map(|name| uplink(&config, &name)).transpose();
+            let name = name.map_err(Failure::Usage)?;
+            System::read()
+                .and_then(|system| status(&system, &config, name.as_ref()))
+                .and_then(|status| print(&status, form))
+        }
+        Look::Explain {
+            words,
+            to,
+            from_lan,
+        } => {
+            let config = config.map_err(Failure::Usage)?;
+            let question = Question::parse(&config, &words, to, from_lan);
+            let question = question.map_err(Failure::Usage)?;
+            System::read()
+                .and_then(|system| explain(&system, &config, &question))
+                .and_then(|explanation| print(&explanation, form))
+        }
+    };
+    printed.map_err(Failure::Kernel)
+}
+
+/// A configured uplink by its name.
+fn uplink(config: &Config, name: &OsStr) -> Result<UplinkName> {
+    let name = UplinkName::parse(&name.to_string_lossy())?;
+    let known = config.uplinks.contains_key(&name);
+    known
+        .then(|| name.clone())
+        .with_context(|| format!("there is no [uplink.{name}]"))
 }
 
 fn run(arguments: Arguments) -> Result<(), Failure> {
@@ -195,7 +267,7 @@ fn request(command: Command) -> Result<Request> {
             interface: interface(name)?,
         },
         Command::Event { direction, args } => Request::Event(Event::from_pppd(direction, &args)?),
-        Command::Sync | Command::Print(_) => Request::Sync,
+        Command::Sync | Command::Look(..) | Command::Print(_) => Request::Sync,
     })
 }
 
@@ -218,13 +290,17 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Arguments> {
     }
     let mut parser = lexopt::Parser::from_iter(args);
     let mut words: Vec<OsString> = Vec::new();
-    let (mut local, mut uplink) = (None, None);
+    let (mut local, mut uplink, mut to, mut from_lan) = (None, None, None, None);
+    let mut form = None;
     while let Some(arg) = parser.next()? {
         match arg {
             Arg::Long("config") => arguments.config_path = parser.value()?.into(),
             Arg::Long("dry-run") => arguments.mode = Mode::DryRun,
             Arg::Long("local") => local = Some(parser.value()?),
             Arg::Long("uplink") => uplink = Some(parser.value()?),
+            Arg::Long("to") => to = Some(parser.value()?),
+            Arg::Long("from-lan") => from_lan = Some(parser.value()?),
+            Arg::Long("json") => form = Some(Form::Json),
             Arg::Short('v') | Arg::Long("verbose") => arguments.level = LevelFilter::Debug,
             Arg::Short('q') | Arg::Long("quiet") => arguments.level = LevelFilter::Error,
             Arg::Short('h') | Arg::Long("help") => {
@@ -266,6 +342,19 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Arguments> {
                 args: words.by_ref().collect(),
             }
         }
+        Some("status") => Command::Look(
+            Look::Status(words.next()),
+            form.take().unwrap_or(Form::Text),
+        ),
+        Some("check") => Command::Look(Look::Check, form.take().unwrap_or(Form::Text)),
+        Some("explain") => {
+            let look = Look::Explain {
+                words: words.by_ref().collect(),
+                to: to.take(),
+                from_lan: from_lan.take(),
+            };
+            Command::Look(look, form.take().unwrap_or(Form::Text))
+        }
         _ => bail!("unknown command {command:?}"),
     };
     if let Some(word) = words.next() {
@@ -273,6 +362,12 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Arguments> {
     }
     if local.is_some() || uplink.is_some() {
         bail!("--local and --uplink go with up");
+    }
+    if to.is_some() || from_lan.is_some() {
+        bail!("--to and --from-lan go with explain");
+    }
+    if form.is_some() {
+        bail!("--json goes with status, check and explain");
     }
     Ok(arguments)
 }

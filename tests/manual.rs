@@ -26,6 +26,39 @@ fn every_key_stands_in_the_manual() {
 }
 
 #[test]
+fn every_finding_of_check_stands_in_the_manual() {
+    let manual = fs::read_to_string("packaging/man/mh-hook.8").expect("the manual page");
+    let items = manual.lines().filter_map(|line| line.strip_prefix(".It "));
+    let listed: Vec<&str> = items
+        .flat_map(|item| item.split(" Pq ").next().unwrap_or_default().split(" , "))
+        .filter_map(|name| name.strip_prefix("Cm "))
+        .collect();
+    let mut sources = vec!["src/check.rs".into()];
+    let parts = fs::read_dir("src/check").expect("the parts of check");
+    sources.extend(parts.map(|part| part.expect("a part").path()));
+    let mut found = 0;
+    for source in sources {
+        let text = fs::read_to_string(&source).expect("a source");
+        for start in [
+            "Finding::stops(",
+            "Finding::harms(",
+            "Finding::note(",
+            "fault(",
+        ] {
+            for call in text.split(start).skip(1) {
+                let Some(id) = call.trim_start().strip_prefix('"') else {
+                    continue;
+                };
+                let id = id.split('"').next().unwrap_or_default();
+                assert!(listed.contains(&id), "{}: {id}", source.display());
+                found += 1;
+            }
+        }
+    }
+    assert!(found > 40, "only {found} found");
+}
+
+#[test]
 fn every_command_and_option_stands_in_the_manual_and_in_each_completion() {
     let manual = fs::read_to_string("packaging/man/mh-hook.8").expect("the manual page");
     let shells = ["bash", "zsh", "fish"].map(|shell| {
@@ -73,6 +106,44 @@ fn every_command_and_option_stands_in_the_manual_and_in_each_completion() {
             assert!(found, "{shell}: {option}");
         }
     }
+}
+
+#[test]
+fn every_field_of_a_schema_stands_in_the_manual() {
+    let manual = fs::read_to_string("packaging/man/mh-hook.8").expect("the manual page");
+    let items: Vec<&str> = manual
+        .lines()
+        .filter_map(|line| line.strip_prefix(".It Va "))
+        .flat_map(|item| item.split(" , "))
+        .collect();
+    let mut fields = 0;
+    for file in fs::read_dir("packaging/schema").expect("the schemas") {
+        let path = file.expect("a schema").path();
+        let text = fs::read_to_string(&path).expect("a schema");
+        let schema: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        for object in objects(&schema) {
+            assert_eq!(object["additionalProperties"], false, "{}", path.display());
+            for field in object["properties"].as_object().expect("fields").keys() {
+                let found = items.contains(&field.as_str());
+                assert!(found, "{}: {field} has no paragraph", path.display());
+                fields += 1;
+            }
+        }
+    }
+    assert!(fields > 20, "only {fields}");
+}
+
+/// All parts of a schema that have properties.
+fn objects(schema: &serde_json::Value) -> Vec<&serde_json::Value> {
+    let parts: Vec<&serde_json::Value> = match schema {
+        serde_json::Value::Object(parts) => parts.values().collect(),
+        serde_json::Value::Array(parts) => parts.iter().collect(),
+        _ => Vec::new(),
+    };
+    let own = schema.get("properties").map(|_| schema);
+    own.into_iter()
+        .chain(parts.into_iter().flat_map(objects))
+        .collect()
 }
 
 /// The commands and the options that the program's own help names.

@@ -1,15 +1,20 @@
 # shellcheck shell=bash
 # Completion of mh-hook for bash.
 
+# _mh_hook_uplinks CONFIG
+_mh_hook_uplinks() {
+    sed -nE 's/^[[:space:]]*\[uplink\.([a-z0-9_-]+)\].*/\1/p' "$1" 2>/dev/null
+}
+
 _mh_hook() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} i
-    local options='--config --dry-run --local --uplink --verbose --quiet --help --version -v -q -h -V'
+    local options='--config --dry-run --local --uplink --json --to --from-lan --verbose --quiet --help --version -v -q -h -V'
     local config=/etc/mh-hook.toml candidates='' words=()
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
         case ${COMP_WORDS[i]} in
             --config) config=${COMP_WORDS[++i]} ;;
-            --local | --uplink) ((++i)) ;;
+            --local | --uplink | --to | --from-lan) ((++i)) ;;
             -*) ;;
             *) words+=("${COMP_WORDS[i]}") ;;
         esac
@@ -21,11 +26,13 @@ _mh_hook() {
             return
             ;;
         --local) candidates=$(ip -4 -oneline address show scope global 2>/dev/null | awk '{ sub("/.*", "", $4); print $4 }') ;;
-        --uplink) candidates=$(sed -nE 's/^[[:space:]]*\[uplink\.([a-z0-9_-]+)\].*/\1/p' "$config" 2>/dev/null) ;;
+        --uplink | --to) candidates=$(_mh_hook_uplinks "$config") ;;
+        --from-lan) ;;
         *)
             case $word,${words[*]} in
                 -*) candidates=$options ;;
-                *,) candidates='up down sync event' ;;
+                *,) candidates='up down sync event status check explain' ;;
+                *,status) candidates=$(_mh_hook_uplinks "$config") ;;
                 *,event) candidates='pre-up up down' ;;
                 *,up | *,down | *,event\ pre-up | *,event\ up | *,event\ down)
                     candidates=$(cd /sys/class/net 2>/dev/null && echo *)

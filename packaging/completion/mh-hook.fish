@@ -24,7 +24,7 @@ function __mh_hook_after
     for word in (commandline -opc)[2..]
         if test $skip = 1
             set skip 0
-        else if contains -- $word --config --local --uplink
+        else if contains -- $word --config --local --uplink --to --from-lan
             set skip 1
         else if not string match -q -- '-*' $word
             set -a words $word
@@ -38,12 +38,19 @@ complete -c mh-hook -n '__mh_hook_after ""' -a up -d "bring the interface's upli
 complete -c mh-hook -n '__mh_hook_after ""' -a down -d "remove that uplink's entries, and nothing else"
 complete -c mh-hook -n '__mh_hook_after ""' -a sync -d "bring every uplink to what its link's state asks for"
 complete -c mh-hook -n '__mh_hook_after ""' -a event -d "what pppd's hooks call"
+complete -c mh-hook -n '__mh_hook_after ""' -a status -d 'each uplink, what stands, what it has seen'
+complete -c mh-hook -n '__mh_hook_after ""' -a check -d 'what would keep this from working, and what mends it'
+complete -c mh-hook -n '__mh_hook_after ""' -a explain -d 'where a request goes, and its reply'
+complete -c mh-hook -n '__mh_hook_after status' -a '(__mh_hook_uplinks)'
 complete -c mh-hook -n '__mh_hook_after event' -a 'pre-up up down'
 complete -c mh-hook -n '__mh_hook_after up down "event pre-up" "event up" "event down"' -a '(__mh_hook_interfaces)'
 complete -c mh-hook -l config -r -F -d 'the configuration'
 complete -c mh-hook -l dry-run -d 'print the plan as commands, change nothing'
 complete -c mh-hook -l local -x -a '(__mh_hook_addresses)' -d "the link's address, with up"
 complete -c mh-hook -l uplink -x -a '(__mh_hook_uplinks)' -d 'whose link it is, with up'
+complete -c mh-hook -l json -d 'print JSON, with status, check and explain'
+complete -c mh-hook -l to -x -a '(__mh_hook_uplinks)' -d 'the uplink or address that is asked, with explain'
+complete -c mh-hook -l from-lan -x -d "the LAN host whose own connection is meant, with explain"
 complete -c mh-hook -s v -l verbose -d 'say what was looked at, too'
 complete -c mh-hook -s q -l quiet -d 'say errors only'
 complete -c mh-hook -s h -l help -d 'print the help'

@@ -25,12 +25,18 @@ _mh_hook() {
         "down:remove that uplink's entries, and nothing else"
         "sync:bring every uplink to what its link's state asks for"
         "event:what pppd's hooks call"
+        "status:each uplink, what stands, what it has seen"
+        "check:what would keep this from working, and what mends it"
+        "explain:where a request goes, and its reply"
     )
     _arguments -C -s \
         '--config[the configuration]:file:_files' \
         '--dry-run[print the plan as commands, change nothing]' \
         "--local[the link's address, with up]:address:_mh_hook_addresses" \
         '--uplink[whose link it is, with up]:uplink:_mh_hook_uplinks' \
+        '--json[print JSON, with status, check and explain]' \
+        '--to[the uplink or address that is asked, with explain]:uplink:_mh_hook_uplinks' \
+        "--from-lan[the LAN host whose own connection is meant, with explain]:host:" \
         '(-v --verbose)'{-v,--verbose}'[say what was looked at, too]' \
         '(-q --quiet)'{-q,--quiet}'[say errors only]' \
         '(- *)'{-h,--help}'[print the help]' \
@@ -42,6 +48,7 @@ _mh_hook() {
     case $state-$line[1] in
         command-*) _describe command commands ;;
         second-(up|down) | third-event) _mh_hook_interfaces ;;
+        second-status) _mh_hook_uplinks ;;
         second-event) _values direction pre-up up down ;;
     esac
 }

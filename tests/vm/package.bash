@@ -51,7 +51,7 @@ become_systemd() {
     ln -s pts/ptmx "$1/dev/ptmx"
     ln -s /proc/self/fd "$1/dev/fd"
     # Not chroot: a unit with ProtectSystem has a root of its own, made by pivot_root(2).
-    cd "$1"
+    cd "$1" || return
     pivot_root . .
     umount --lazy .
     # Its container interface: https://systemd.io/CONTAINER_INTERFACE
