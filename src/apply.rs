@@ -70,13 +70,13 @@ fn kind(step: &Step) -> Kind {
 fn first_command(step: &Step) -> String {
     step.commands()
         .first()
-        .map(ToString::to_string)
+        .map(|(_, command)| command.to_string())
         .unwrap_or_default()
 }
 
 fn ip_batch(tools: &Tools, steps: &[Step], on_error: OnError, outcome: &mut Outcome) -> Result<()> {
     let mut lines = String::new();
-    for command in steps.iter().flat_map(Step::commands) {
+    for (_, command) in steps.iter().flat_map(Step::commands) {
         // A batch line is the command without its first word.
         let command = command.to_string();
         lines.push_str(command.strip_prefix("ip ").unwrap_or(&command));

@@ -234,7 +234,9 @@ fn end(tools: &Tools, deletions: &[String]) -> Result<()> {
 
 fn print(steps: &[Step], deletions: &[String]) -> Result<()> {
     let commands = steps.iter().flat_map(Step::commands);
-    let mut text: String = commands.map(|command| format!("{command}\n")).collect();
+    let mut text: String = commands
+        .map(|(_, command)| format!("{command}\n"))
+        .collect();
     text.extend(deletions.iter().map(|line| format!("conntrack {line}\n")));
     if text.is_empty() {
         text.push_str("# nothing to change\n");

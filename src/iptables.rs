@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use ipnetwork::Ipv4Network;
 
 use crate::config::Protocol;
-use crate::plan::{Change, Step};
+use crate::plan::{Change, Edit, Step};
 use crate::state::{FwMark, Loose, PREFIX, Rulespec, Share, Table, UplinkName};
 
 /// Our shares of the tables in what iptables-save prints.
@@ -246,24 +246,16 @@ pub fn restore_lines(step: &Step, out: &mut String) {
         Step::Entry(change, table, chain, spec) => {
             writeln!(out, "{} {chain} {}", entry_flag(*change, *table), spec.0)
         }
-        Step::Chain {
-            uplink,
-            before,
-            after,
-            ..
-        } => {
+        Step::Chain { uplink, .. } => {
             let chain = uplink.chain();
-            match after {
-                // Declaring a chain makes it, and empties one that is there.
-                Some(rules) => {
-                    let _ = writeln!(out, ":{chain} - [0:0]");
-                    rules
-                        .iter()
-                        .try_for_each(|spec| writeln!(out, "-A {chain} {}", spec.0))
-                }
-                None if before.is_some() => writeln!(out, "-F {chain}\n-X {chain}"),
-                None => Ok(()),
-            }
+            step.edits().into_iter().try_for_each(|edit| match edit {
+                Edit::New => writeln!(out, ":{chain} - [0:0]"),
+                Edit::Flush => writeln!(out, "-F {chain}"),
+                Edit::Delete(spec) => writeln!(out, "-D {chain} {}", spec.0),
+                Edit::Insert(number, spec) => writeln!(out, "-I {chain} {number} {}", spec.0),
+                Edit::Append(spec) => writeln!(out, "-A {chain} {}", spec.0),
+                Edit::Remove => writeln!(out, "-X {chain}"),
+            })
         }
         Step::Route(..) | Step::RouteRule(..) | Step::RpFilter { .. } => Ok(()),
     };

@@ -69,95 +69,43 @@ impl Step {
         }
     }
 
-    /// The commands that do this by hand, to be pasted into a shell.
-    pub fn commands(&self) -> Vec<Command> {
+    /// The commands that do this by hand, to be pasted into a shell, each with which way it goes; those
+    /// that delete stand first.
+    pub fn commands(&self) -> Vec<(Change, Command)> {
         match self {
-            Self::Chain {
-                table,
-                uplink,
-                before,
-                after,
-            } => {
+            Self::Chain { table, uplink, .. } => {
                 let chain = uplink.chain();
-                let whole = |flag: &str| Command::chain(*table, flag, &chain, None);
-                let mut commands = Vec::new();
-                match (before, after) {
-                    (None, _) => commands.push(whole("-N")),
-                    (Some(rules), _) if !rules.is_empty() => commands.push(whole("-F")),
-                    _ => {}
-                }
-                match after {
-                    Some(rules) => {
-                        commands.extend(
-                            rules
-                                .iter()
-                                .map(|spec| Command::chain(*table, "-A", &chain, Some(spec))),
-                        );
-                    }
-                    None => commands.push(whole("-X")),
-                }
-                commands
+                let edits = self.edits().into_iter();
+                edits
+                    .map(|edit| (edit.change(), edit.command(*table, &chain)))
+                    .collect()
             }
             Self::Entry(change, table, chain, spec) => {
                 let flag = iptables::entry_flag(*change, *table);
-                vec![Command::chain(*table, flag, chain, Some(spec))]
+                vec![(*change, Command::chain(*table, flag, chain, Some(spec)))]
             }
             Self::Route(change, route) => {
-                vec![Command(format!("ip route {} {route}", change.verb()))]
+                let command = Command(format!("ip route {} {route}", change.verb()));
+                vec![(*change, command)]
             }
             Self::RouteRule(change, rule) => {
-                vec![Command(format!("ip rule {} {rule}", change.verb()))]
+                let command = Command(format!("ip rule {} {rule}", change.verb()));
+                vec![(*change, command)]
             }
             Self::RpFilter {
-                interface, value, ..
+                interface,
+                value,
+                change,
             } => {
-                vec![Command(format!(
-                    "echo {value} > {}",
-                    rp_filter_path(interface.as_str())
-                ))]
+                let path = rp_filter_path(interface.as_str());
+                vec![(*change, Command(format!("echo {value} > {path}")))]
             }
         }
     }
 
-    /// What it changes, entry by entry, each as the command that would do that alone. A chain that is
-    /// written anew changes only where it differs.
+    /// What it changes, entry by entry, each as the command that does that. A chain that is written
+    /// anew changes only where it differs.
     pub fn changes(&self) -> Vec<(Change, Command)> {
-        match self {
-            Self::Chain {
-                table,
-                uplink,
-                before,
-                after,
-            } => {
-                let chain = uplink.chain();
-                let (before, after) = (
-                    before.as_deref().unwrap_or_default(),
-                    after.as_deref().unwrap_or_default(),
-                );
-                let (gone, new) = differ(before, after);
-                let command = |flag, spec| Command::chain(*table, flag, &chain, Some(spec));
-                gone.into_iter()
-                    .map(|spec| (Change::Delete, command("-D", spec)))
-                    .chain(
-                        new.into_iter()
-                            .map(|spec| (Change::Add, command("-A", spec))),
-                    )
-                    .collect()
-            }
-            Self::Route(change, _)
-            | Self::RouteRule(change, _)
-            | Self::Entry(change, ..)
-            | Self::RpFilter { change, .. } => self
-                .commands()
-                .into_iter()
-                .map(|command| (*change, command))
-                .collect(),
-        }
-    }
-
-    /// The same as commands that lead there when all of them are pasted, first those that delete: a
-    /// chain's rules each at its place, and the chain itself where it comes or goes.
-    pub fn mending(&self) -> Vec<(Change, Command)> {
         let Self::Chain {
             table,
             uplink,
@@ -165,50 +113,97 @@ impl Step {
             after,
         } = self
         else {
-            return self.changes();
+            return self.commands();
         };
-        let chain = uplink.chain();
-        let command = |flag, spec| Command::chain(*table, flag, &chain, spec);
-        let (old, new) = (
-            before.as_deref().unwrap_or_default(),
-            after.as_deref().unwrap_or_default(),
-        );
-        let mut commands = Vec::new();
-        if before.is_none() {
-            commands.push((Change::Add, command("-N", None)));
+        let mut edits = self.edits();
+        if edits.contains(&Edit::Flush) {
+            let rules = |rules: &'_ Option<Vec<Rulespec>>| rules.clone().unwrap_or_default();
+            let (before, after) = (rules(before), rules(after));
+            let (gone, new) = differ(&before, &after);
+            let changes = gone
+                .into_iter()
+                .map(Edit::Delete)
+                .chain(new.into_iter().map(Edit::Append));
+            return changes
+                .map(|edit| (edit.change(), edit.command(*table, &uplink.chain())))
+                .collect();
         }
-        if let Some((gone, inserted)) = amend(old, new) {
-            commands.extend(
-                gone.into_iter()
-                    .map(|spec| (Change::Delete, command("-D", Some(spec)))),
-            );
-            commands.extend(inserted.into_iter().map(|(number, spec)| {
-                let command = match number {
-                    Some(number) => Command::numbered(*table, &chain, number, spec),
-                    None => command("-A", Some(spec)),
-                };
-                (Change::Add, command)
-            }));
-        } else {
-            commands.push((Change::Delete, command("-F", None)));
-            commands.extend(
-                new.iter()
-                    .map(|spec| (Change::Add, command("-A", Some(spec)))),
-            );
-        }
-        if after.is_none() {
-            commands.push((Change::Delete, command("-X", None)));
-        }
-        commands
+        edits.retain(|edit| !matches!(edit, Edit::New | Edit::Remove));
+        let command = |edit: Edit| (edit.change(), edit.command(*table, &uplink.chain()));
+        edits.into_iter().map(command).collect()
+    }
+
+    /// What makes an uplink's chain as it should be; nothing for another step. Few changes are made one
+    /// by one, so that the rules that stay keep their counters; many by writing the chain anew, since
+    /// the tools look for each rule to delete among all.
+    pub fn edits(&self) -> Vec<Edit<'_>> {
+        let Self::Chain { before, after, .. } = self else {
+            return Vec::new();
+        };
+        let Some(new) = after else {
+            let is_empty = before.as_ref().is_none_or(Vec::is_empty);
+            let flush = (!is_empty).then_some(Edit::Flush);
+            return flush.into_iter().chain([Edit::Remove]).collect();
+        };
+        let Some(old) = before else {
+            return [Edit::New]
+                .into_iter()
+                .chain(new.iter().map(Edit::Append))
+                .collect();
+        };
+        amend(old, new)
+            .filter(|edits| edits.len() <= MAX_EDITS)
+            .unwrap_or_else(|| {
+                [Edit::Flush]
+                    .into_iter()
+                    .chain(new.iter().map(Edit::Append))
+                    .collect()
+            })
     }
 }
 
-/// What goes from a chain, by its text, and then what comes, each at its number in the chain, or at
-/// its end.
-type Amendment<'a> = (Vec<&'a Rulespec>, Vec<(Option<usize>, &'a Rulespec)>);
+/// How many rules of a chain are changed one by one.
+const MAX_EDITS: usize = 32;
+
+/// One change of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edit<'a> {
+    /// The chain comes.
+    New,
+    /// All its rules go.
+    Flush,
+    /// The first rule of this text goes.
+    Delete(&'a Rulespec),
+    /// A rule comes, and has this number then, from 1.
+    Insert(usize, &'a Rulespec),
+    /// A rule comes behind all others.
+    Append(&'a Rulespec),
+    /// The chain goes.
+    Remove,
+}
+
+impl Edit<'_> {
+    fn change(&self) -> Change {
+        match self {
+            Self::New | Self::Insert(..) | Self::Append(_) => Change::Add,
+            Self::Flush | Self::Delete(_) | Self::Remove => Change::Delete,
+        }
+    }
+
+    fn command(&self, table: Table, chain: &str) -> Command {
+        match self {
+            Self::New => Command::chain(table, "-N", chain, None),
+            Self::Flush => Command::chain(table, "-F", chain, None),
+            Self::Delete(spec) => Command::chain(table, "-D", chain, Some(spec)),
+            Self::Insert(number, spec) => Command::numbered(table, chain, *number, spec),
+            Self::Append(spec) => Command::chain(table, "-A", chain, Some(spec)),
+            Self::Remove => Command::chain(table, "-X", chain, None),
+        }
+    }
+}
 
 /// What makes one chain of the other, rule by rule; none where what stays is not in the right order.
-fn amend<'a>(before: &'a [Rulespec], after: &'a [Rulespec]) -> Option<Amendment<'a>> {
+fn amend<'a>(before: &'a [Rulespec], after: &'a [Rulespec]) -> Option<Vec<Edit<'a>>> {
     let (gone, _) = differ(before, after);
     // iptables deletes the first of equal rules.
     let mut count: BTreeMap<&Rulespec, usize> = BTreeMap::new();
@@ -222,14 +217,16 @@ fn amend<'a>(before: &'a [Rulespec], after: &'a [Rulespec]) -> Option<Amendment<
         _ => true,
     };
     let mut kept = before.iter().filter(stays).peekable();
-    let mut new = Vec::new();
+    let mut edits: Vec<Edit> = gone.into_iter().map(Edit::Delete).collect();
     for (index, spec) in after.iter().enumerate() {
         if kept.next_if_eq(&spec).is_none() {
-            let number = kept.peek().map(|_| index + 1);
-            new.push((number, spec));
+            edits.push(match kept.peek() {
+                Some(_) => Edit::Insert(index + 1, spec),
+                None => Edit::Append(spec),
+            });
         }
     }
-    kept.next().is_none().then_some((gone, new))
+    kept.next().is_none().then_some(edits)
 }
 
 /// A command line for a shell.
@@ -467,7 +464,7 @@ mod tests {
                     before: before.clone(),
                     after: after.clone(),
                 };
-                let mut mending = step.mending();
+                let mut mending = step.commands();
                 mending.sort_by_key(|(change, _)| *change != Change::Delete);
                 let mut chain = before.clone();
                 for (_, command) in &mending {
@@ -494,7 +491,7 @@ mod tests {
                 before: Some(before),
                 after: Some(rules.to_vec()),
             };
-            let mending = step.mending();
+            let mending = step.commands();
             let commands: Vec<String> = mending
                 .iter()
                 .map(|(_, command)| command.to_string())

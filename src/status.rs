@@ -182,7 +182,7 @@ fn uplink_status(
 fn mending(observed: &State, wanted: &State) -> (Vec<String>, Vec<String>) {
     let (mut surplus, mut missing) = (Vec::new(), Vec::new());
     for step in plan(observed, wanted) {
-        for (change, command) in step.mending() {
+        for (change, command) in step.commands() {
             let target = match change {
                 Change::Delete => &mut surplus,
                 Change::Add | Change::Replace => &mut missing,

@@ -49,7 +49,7 @@ fn check(case: &Path) -> Result<(), String> {
     };
     let steps = plan(&observed, &wanted);
     let commands = steps.iter().flat_map(Step::commands);
-    let found: String = commands.map(|command| format!("{command}\n")).collect();
+    let found: String = commands.map(|(_, command)| format!("{command}\n")).collect();
     if std::env::var_os("PLAN_WRITE").is_some() {
         fs::write(case.join("plan"), &found).expect("write the plan");
     }
@@ -88,7 +88,7 @@ fn the_parts_of_all_uplinks_and_the_orphans_make_up_the_plan() {
         }
         let commands = |steps: Vec<Step>| -> Vec<String> {
             let commands = steps.iter().flat_map(Step::commands);
-            commands.map(|command| command.to_string()).collect()
+            commands.map(|(_, command)| command.to_string()).collect()
         };
         let mut whole = commands(plan(&observed, &claim::wanted(&config, &observed, &looks)));
         let (parts, orphans) = claim::parts(&config, &observed, &looks);

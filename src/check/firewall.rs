@@ -360,7 +360,7 @@ pub fn backends(system: &System) -> Result<Vec<Finding>> {
             ),
         );
         for step in plan(&state, &State::default()) {
-            for command in step.commands() {
+            for (_, command) in step.commands() {
                 let command = command.to_string();
                 let rest = command.strip_prefix("iptables").unwrap_or(&command);
                 finding = finding.mend(format!("{backend}{rest}"));

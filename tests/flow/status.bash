@@ -287,6 +287,27 @@ test_status_counts_what_a_forward_has_seen() {
     expect_equal "in the text" "isp0 tcp/80 - 192.168.0.2 4 240" "$(row tcp/80 | cut -d ' ' -f 1-6)"
 }
 
+test_forwards_that_stay_keep_their_counters_when_others_change() {
+    local ports=''
+    mh_hook -q up ppp0
+    expect_forward_answered
+    configure 'forward = [
+  { port = 443, to = "192.168.0.2" },
+  { port = 80, to = "192.168.0.2" },
+  { proto = "udp", port = "27015-27030", to = "192.168.0.3" },
+]'
+    mh_hook -q sync
+    status 0
+    expect_equal "443, 80" "0 1" "$(for i in 0 1; do isp0_field forwards "$i" connections; done | paste -sd ' ')"
+    # So many changes are made by writing the chain anew.
+    for port in {1000..1040}; do ports+="{ port = $port, to = \"192.168.0.2\" }, "; done
+    configure "forward = [$ports{ port = 80, to = \"192.168.0.2\" }]"
+    mh_hook -q sync
+    status 0
+    expect_equal "80, in a chain written anew" 0 "$(isp0_field forwards 41 connections)"
+    expect_forward_answered
+}
+
 test_status_sums_up_the_rules_of_one_forward() {
     configure 'forward = [
   { proto = ["tcp", "udp"], port = "80-27015", to = "192.168.0.2", from = ["192.0.2.9", "192.0.2.77"] },
