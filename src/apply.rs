@@ -24,9 +24,9 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    fn done(&mut self, step: &Step) {
+    fn done(&mut self, step: &Step, tools: &Tools) {
         for (change, command) in step.changes() {
-            log::info!("{command}");
+            log::info!("{}", command.by(tools.iptables));
             match change {
                 Change::Add | Change::Replace => self.added += 1,
                 Change::Delete => self.removed += 1,
@@ -42,7 +42,7 @@ pub fn apply(tools: &Tools, steps: &[Step], on_error: OnError) -> Outcome {
         let result = match kind(&group[0]) {
             Kind::Ip => ip_batch(tools, group, on_error, &mut outcome),
             Kind::Iptables => iptables_restore(tools, group, &mut outcome),
-            Kind::File => rp_filter(group, &mut outcome),
+            Kind::File => rp_filter(tools, group, &mut outcome),
         };
         outcome.errors.extend(result.err());
         if on_error == OnError::Stop && !outcome.errors.is_empty() {
@@ -84,7 +84,7 @@ fn ip_batch(tools: &Tools, steps: &[Step], on_error: OnError, outcome: &mut Outc
     }
     let output = tools.ip_batch(on_error, &lines)?;
     if output.status.success() {
-        steps.iter().for_each(|step| outcome.done(step));
+        steps.iter().for_each(|step| outcome.done(step, tools));
         return Ok(());
     }
     let failures = ip::failures(&output.stderr);
@@ -99,7 +99,7 @@ fn ip_batch(tools: &Tools, steps: &[Step], on_error: OnError, outcome: &mut Outc
                 return Ok(());
             }
         } else if known {
-            outcome.done(step);
+            outcome.done(step, tools);
         }
     }
     if !known {
@@ -133,7 +133,7 @@ fn iptables_restore(tools: &Tools, steps: &[Step], outcome: &mut Outcome) -> Res
         failed_line(&output.stderr).unwrap_or(0)
     };
     for (_, group) in ends.iter().take_while(|(end, _)| *end < failed) {
-        group.iter().for_each(|step| outcome.done(step));
+        group.iter().for_each(|step| outcome.done(step, tools));
     }
     if !output.status.success() {
         let line = input
@@ -164,7 +164,7 @@ fn failed_line(stderr: &str) -> Option<usize> {
     words.next()?.parse().ok()
 }
 
-fn rp_filter(steps: &[Step], outcome: &mut Outcome) -> Result<()> {
+fn rp_filter(tools: &Tools, steps: &[Step], outcome: &mut Outcome) -> Result<()> {
     for step in steps {
         let Step::RpFilter {
             interface, value, ..
@@ -174,7 +174,7 @@ fn rp_filter(steps: &[Step], outcome: &mut Outcome) -> Result<()> {
         };
         let path = rp_filter_path(interface.as_str());
         match fs::write(&path, value.to_string()) {
-            Ok(()) => outcome.done(step),
+            Ok(()) => outcome.done(step, tools),
             Err(error) => outcome
                 .errors
                 .push(anyhow!("{}: {error}", first_command(step))),

@@ -27,7 +27,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 const MAX_OUTPUT: usize = 64 << 20;
 
 /// The tools, each found once.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Tools {
     ip: PathBuf,
     save: PathBuf,
@@ -35,6 +35,8 @@ pub struct Tools {
     conntrack: Option<PathBuf>,
     /// Which of the two iptables-save is, by way of /etc/alternatives.
     pub backend: Backend,
+    /// The command that a person gives for it: `iptables`, or the backend's name where it is not in use.
+    pub iptables: &'static str,
     deadline: Instant,
 }
 
@@ -48,6 +50,14 @@ pub enum Backend {
 }
 
 impl Backend {
+    /// What its command is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nft => "iptables-nft",
+            Self::Legacy => "iptables-legacy",
+        }
+    }
+
     /// The one of the two that this is not.
     pub fn other(self) -> Self {
         match self {
@@ -59,10 +69,7 @@ impl Backend {
 
 impl fmt::Display for Backend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Nft => "iptables-nft",
-            Self::Legacy => "iptables-legacy",
-        })
+        f.write_str(self.name())
     }
 }
 
@@ -108,7 +115,20 @@ impl Tools {
             } else {
                 Backend::Nft
             },
+            iptables: "iptables",
             deadline,
+        })
+    }
+
+    /// The same tools, but for those of the other backend of iptables; none where they are not installed.
+    pub fn other(&self) -> Option<Self> {
+        let backend = self.backend.other();
+        Some(Self {
+            save: find(&format!("{backend}-save"), "iptables").ok()?,
+            restore: find(&format!("{backend}-restore"), "iptables").ok()?,
+            backend,
+            iptables: backend.name(),
+            ..self.clone()
         })
     }
 
@@ -193,30 +213,6 @@ impl Tools {
         let name = path.file_name().unwrap_or_default().display();
         ensure!(output.status.success(), "{name}: {}", output.failure());
         Ok(output.stdout)
-    }
-
-    /// All rules that stand in the backend that is not in use, where its tool is installed.
-    ///
-    /// # Errors
-    /// It can't be run or fails.
-    pub fn other_iptables_save(&self) -> Result<Option<String>> {
-        self.other_listing(&[])
-    }
-
-    /// The same with counters.
-    ///
-    /// # Errors
-    /// It can't be run or fails.
-    pub fn other_iptables_counters(&self) -> Result<Option<String>> {
-        self.other_listing(&["-c"])
-    }
-
-    fn other_listing(&self, args: &[&str]) -> Result<Option<String>> {
-        let other = format!("{}-save", self.backend.other());
-        match find(&other, "iptables") {
-            Ok(path) => self.listing(&path, args).map(Some),
-            Err(_) => Ok(None),
-        }
     }
 
     /// The names of all tables of nftables, where its tool is installed.

@@ -1,7 +1,7 @@
 //! Turns the wheel: observe, look at the links, plan, apply, and look again, until the kernel holds
 //! what it should. A call is only a trigger; under the lock the kernel is the truth.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Write, stdout};
 use std::net::Ipv4Addr;
@@ -67,10 +67,7 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         Mode::Apply => Some(Lock::take(started + LOCK_LIMIT).with_context(named)?),
         Mode::DryRun => None,
     };
-    // A file tells whether legacy has anything; asking nft would cost each call a process.
-    if *request == Request::Sync || tools.backend == Backend::Nft && observed::legacy_tables() {
-        warn_of_elsewhere(&tools);
-    }
+    let elsewhere = elsewhere(request, &tools);
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
     for round in 0..ROUNDS {
@@ -89,7 +86,12 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         if mode == Mode::DryRun {
             let flows = tracked(&tools, &steps)?;
             let stale = stale(config, &looks, &observed, &wanted, &flows);
-            return print(&steps, &conntrack::deletions(&flows, &stale));
+            let deletions = conntrack::deletions(&flows, &stale);
+            let mut steps = vec![(&tools, steps)];
+            if let Some(there) = &elsewhere {
+                steps.push((&there.tools, there.surplus(request, &looks)));
+            }
+            return print(&steps, &deletions);
         }
         // The same steps once more would fail once more.
         if failed.as_ref() == Some(&steps) {
@@ -113,6 +115,13 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         let stale = stale(config, &looks, &observed, &wanted, &flows);
         end(&tools, &conntrack::deletions(&flows, &stale)).with_context(named)?;
         total.removed += stale.len();
+        if let Some(there) = &elsewhere {
+            let outcome = there.leave(request, &looks);
+            total.removed += outcome.removed;
+            if !outcome.errors.is_empty() {
+                return Err(all(&outcome.errors)).with_context(named);
+            }
+        }
         if places(&aim(request, config, &observed, &mtus)?.0) == places(&looks) {
             summary(request, &looks, &total, started);
             return Ok(());
@@ -165,17 +174,55 @@ fn places(looks: &Looks) -> Vec<(&UplinkName, Option<(&IfName, Ipv4Addr)>)> {
         .collect()
 }
 
-/// Says it when entries of ours stand in the other backend of iptables. That is no failure of this call.
-fn warn_of_elsewhere(tools: &Tools) {
-    match observed::elsewhere(tools) {
-        Ok(uplinks) => uplinks.iter().for_each(|uplink| {
-            warn!(
-                "entries of {uplink} stand in the other backend of iptables too (iptables-legacy or iptables-nft): \
-                 delete those in and to the chains {}",
-                uplink.chain()
-            );
-        }),
-        Err(error) => debug!("the other backend of iptables: {error:#}"),
+/// Entries of ours in the backend of iptables that is not in use: they work on packets all the same.
+struct Elsewhere {
+    tools: Tools,
+    state: State,
+}
+
+/// A file tells whether legacy has anything; asking nft costs a process, which pppd's calls are spared.
+fn elsewhere(request: &Request, tools: &Tools) -> Option<Elsewhere> {
+    let by_hand = matches!(request, Request::Sync | Request::Down { .. });
+    let asked = match tools.backend {
+        Backend::Nft => observed::legacy_tables(),
+        Backend::Legacy => by_hand,
+    };
+    let tools = tools.other().filter(|_| asked)?;
+    let state = match observed::in_backend(&tools) {
+        Ok(state) => state,
+        Err(error) => {
+            warn!("what stands in {}: {error:#}", tools.backend);
+            return None;
+        }
+    };
+    let names: BTreeSet<&UplinkName> = state.tables.keys().map(|(_, name)| name).collect();
+    for name in names {
+        warn!(
+            "entries of {name} stand in {} too, which is not in use here: down and sync remove them",
+            tools.backend
+        );
+    }
+    Some(Elsewhere { tools, state })
+}
+
+impl Elsewhere {
+    /// What removes the entries there that are in question: all, or one interface's that is down.
+    fn surplus(&self, request: &Request, looks: &Looks) -> Vec<Step> {
+        let left = match request {
+            Request::Sync => State::default(),
+            Request::Down { interface } => {
+                let mut names = claim::bound_to(interface, &self.state);
+                names.extend(looks.keys().cloned());
+                let gone = self.state.share(&names, &BTreeSet::new());
+                self.state.without(&gone)
+            }
+            Request::Up { .. } | Request::Event(_) => return Vec::new(),
+        };
+        plan(&self.state, &left)
+    }
+
+    fn leave(&self, request: &Request, looks: &Looks) -> Outcome {
+        apply(&self.tools, &self.surplus(request, looks), OnError::GoOn)
     }
 }
 
@@ -232,11 +279,12 @@ fn end(tools: &Tools, deletions: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn print(steps: &[Step], deletions: &[String]) -> Result<()> {
-    let commands = steps.iter().flat_map(Step::commands);
-    let mut text: String = commands
-        .map(|(_, command)| format!("{command}\n"))
-        .collect();
+fn print(steps: &[(&Tools, Vec<Step>)], deletions: &[String]) -> Result<()> {
+    let mut text = String::new();
+    for (tools, steps) in steps {
+        let commands = steps.iter().flat_map(Step::commands);
+        text.extend(commands.map(|(_, command)| format!("{}\n", command.by(tools.iptables))));
+    }
     text.extend(deletions.iter().map(|line| format!("conntrack {line}\n")));
     if text.is_empty() {
         text.push_str("# nothing to change\n");

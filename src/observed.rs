@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::command::Tools;
 use crate::ip::Listing;
-use crate::state::{IfName, Loose, State, Table, UplinkName};
+use crate::state::{IfName, Loose, State, Table};
 use crate::{claim, ip, iptables, link};
 
 /// All entries of ours, and the links' MTUs in bytes.
@@ -48,19 +48,15 @@ pub fn observe(tools: &Tools) -> Result<(State, BTreeMap<IfName, u32>)> {
     Ok((state, mtus))
 }
 
-/// The uplinks that have entries in the backend of iptables that is not in use: they work on
-/// packets all the same, until that backend's tools remove them.
+/// What stands of ours in one backend of iptables, by its tools.
 ///
 /// # Errors
-/// The other tool fails, or says what can't be read.
-pub fn elsewhere(tools: &Tools) -> Result<BTreeSet<UplinkName>> {
-    let Some(save) = tools.other_iptables_save()? else {
-        return Ok(BTreeSet::new());
-    };
-    Ok(iptables::parse(&save)?
-        .into_keys()
-        .map(|(_, uplink)| uplink)
-        .collect())
+/// The tool fails, or says what can't be read.
+pub fn in_backend(tools: &Tools) -> Result<State> {
+    Ok(State {
+        tables: iptables::parse(&tools.iptables_save()?)?,
+        ..State::default()
+    })
 }
 
 /// Whether the legacy backend has any table: without asking its tool, which would make some.

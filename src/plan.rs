@@ -256,6 +256,16 @@ impl Command {
     }
 }
 
+impl Command {
+    /// The same with this name for iptables.
+    pub fn by(&self, iptables: &str) -> String {
+        match self.0.strip_prefix("iptables ") {
+            Some(rest) => format!("{iptables} {rest}"),
+            None => self.0.clone(),
+        }
+    }
+}
+
 impl fmt::Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

@@ -59,11 +59,11 @@ impl System {
         let mut rulesets = vec![(tools.backend, Ruleset::parse(&tools.iptables_counters()?))];
         // Asking for what legacy has would make its tables.
         if (tools.backend == Backend::Legacy || observed::legacy_tables())
-            && let Some(save) = tools.other_iptables_counters()?
+            && let Some(other) = tools.other()
         {
-            let other = Ruleset::parse(&save);
-            if !other.is_empty() {
-                rulesets.push((tools.backend.other(), other));
+            let ruleset = Ruleset::parse(&other.iptables_counters()?);
+            if !ruleset.is_empty() {
+                rulesets.push((other.backend, ruleset));
             }
         }
         let flows = tools

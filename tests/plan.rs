@@ -49,7 +49,9 @@ fn check(case: &Path) -> Result<(), String> {
     };
     let steps = plan(&observed, &wanted);
     let commands = steps.iter().flat_map(Step::commands);
-    let found: String = commands.map(|(_, command)| format!("{command}\n")).collect();
+    let found: String = commands
+        .map(|(_, command)| format!("{command}\n"))
+        .collect();
     if std::env::var_os("PLAN_WRITE").is_some() {
         fs::write(case.join("plan"), &found).expect("write the plan");
     }

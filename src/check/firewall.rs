@@ -10,6 +10,7 @@ use super::{Finding, View, count, few};
 use crate::claim::Addressed;
 use crate::config::{Forward, Protocol, Uplink};
 use crate::iptables;
+use crate::observed;
 use crate::plan::plan;
 use crate::state::{PREFIX, State, Table, UplinkName};
 use crate::system::System;
@@ -344,28 +345,21 @@ pub fn backends(system: &System) -> Result<Vec<Finding>> {
         return Ok(Vec::new());
     };
     let mut findings = Vec::new();
-    let save = system.tools.other_iptables_save()?.unwrap_or_default();
-    let tables = iptables::parse(&save)?;
-    let state = State {
-        tables,
-        ..State::default()
-    };
-    let names: BTreeSet<String> = state.tables.keys().map(|(_, name)| name.chain()).collect();
-    if !state.tables.is_empty() {
-        let mut finding = Finding::harms(
+    let other = system.tools.other();
+    let state = other
+        .map(|tools| observed::in_backend(&tools))
+        .transpose()?;
+    let tables = state.unwrap_or_default().tables;
+    let names: BTreeSet<String> = tables.keys().map(|(_, name)| name.chain()).collect();
+    if !names.is_empty() {
+        let finding = Finding::harms(
             "ours-in-the-other-backend",
             format!(
                 "entries of ours stand in {backend} too, which is not in use, and are in force: {}",
                 few(&names)
             ),
         );
-        for step in plan(&state, &State::default()) {
-            for (_, command) in step.commands() {
-                let command = command.to_string();
-                let rest = command.strip_prefix("iptables").unwrap_or(&command);
-                finding = finding.mend(format!("{backend}{rest}"));
-            }
-        }
+        let finding = finding.mend("mh-hook sync");
         findings.push(finding);
     }
     let chains = ruleset.tables.values().flatten();
