@@ -1,6 +1,6 @@
 //! The configuration file: text to [`Config`], every error with its place. Knows neither kernel nor event.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -22,7 +22,10 @@ use crate::state::{FwMark, IfName, TableId, UplinkName, check_local};
 pub const DEFAULT_PATH: &str = "/etc/mh-hook.toml";
 
 /// The largest configuration that is read, in bytes: 10,000 forwards take less than one MiB.
-const MAX_SIZE: u64 = 4 << 20;
+const MAX_SIZE: u64 = 2 << 20;
+
+/// How many problems are told: whoever gives us something else than a configuration has seen enough.
+const MAX_PROBLEMS: usize = 100;
 
 /// A configuration that holds.
 #[derive(Debug, PartialEq, Eq)]
@@ -235,8 +238,9 @@ impl Config {
         let config = reader.config(root.get_ref());
         // The parser went on after a mistake as well as it could: what seems to be missing may stand
         // in what it left out, and of what it makes of a broken line only the first is its writer's.
-        let line = |span: &Range<usize>| place(text, span.start).0;
-        let mut broken = BTreeSet::new();
+        let starts: Vec<usize> = text.match_indices('\n').map(|(at, _)| at).collect();
+        let line = |span: &Range<usize>| starts.partition_point(|at| *at < span.start);
+        let mut broken = BTreeMap::new();
         if !syntax.is_empty() {
             reader
                 .problems
@@ -244,14 +248,25 @@ impl Config {
         }
         for error in syntax {
             let span = error.span().unwrap_or(0..0);
-            if broken.insert(line(&span)) {
-                reader
-                    .problems
-                    .retain(|problem| line(&problem.span) != line(&span));
-                reader.problem(span, error.message().to_owned());
-            }
+            let message = error.message().to_owned();
+            let problem = || Problem {
+                span: span.clone(),
+                message,
+            };
+            broken.entry(line(&span)).or_insert_with(problem);
         }
+        reader
+            .problems
+            .retain(|problem| !broken.contains_key(&line(&problem.span)));
+        reader.problems.extend(broken.into_values());
         reader.problems.sort_by_key(|problem| problem.span.start);
+        let more = reader
+            .problems
+            .split_off(reader.problems.len().min(MAX_PROBLEMS));
+        if let Some(first) = more.first() {
+            let message = format!("{}; and {} more like these", first.message, more.len() - 1);
+            reader.problem(first.span.clone(), message);
+        }
         if reader.problems.is_empty() {
             Ok(config)
         } else {
@@ -625,7 +640,7 @@ impl Reader {
                 .get("mark")
                 .or(table.get("table"))
                 .map_or(name.span(), Spanned::span);
-            let (low, high) = (1 << mask.trailing_zeros(), mask);
+            let (low, high) = (1u32 << mask.trailing_zeros(), mask);
             self.problem(
                 at,
                 format!("mark {mark} does not fit the mask {mask:#x}: give mark = {low} to {high} within it, or widen [mark] mask"),
@@ -715,6 +730,7 @@ impl Reader {
             return Vec::new();
         };
         let mut forwards: Vec<Forward> = Vec::new();
+        let mut earlier = Earlier::default();
         for item in items.iter() {
             let Some(table) = item.get_ref().as_table() else {
                 self.problem(item.span(), example);
@@ -723,12 +739,13 @@ impl Reader {
             let Some(forward) = self.forward(item, table) else {
                 continue;
             };
-            if let Some(earlier) = forwards.iter().find(|earlier| overlap(earlier, &forward)) {
+            if let Some(earlier) = earlier.overlapping(&forward, &forwards) {
                 self.problem(
                     item.span(),
                     format!("overlaps the forward of {} above it", describe(earlier)),
                 );
             }
+            earlier.note(&forward, forwards.len());
             forwards.push(forward);
         }
         forwards
@@ -1050,6 +1067,53 @@ pub fn describe(forward: &Forward) -> String {
         Some(ports) if ports.start() == ports.end() => format!("{protocols}/{}", ports.start()),
         Some(ports) => format!("{protocols}/{}-{}", ports.start(), ports.end()),
     }
+}
+
+/// The forwards of an uplink so far, so found that thousands with one port each need not all be
+/// compared with each other.
+#[derive(Default)]
+struct Earlier {
+    /// The indices of those with one port, by protocol and port.
+    single: BTreeMap<(Protocol, u16), Vec<usize>>,
+    /// The indices of all others.
+    other: Vec<usize>,
+}
+
+impl Earlier {
+    fn note(&mut self, forward: &Forward, index: usize) {
+        match keys(forward) {
+            Some(keys) => keys.for_each(|key| self.single.entry(key).or_default().push(index)),
+            None => self.other.push(index),
+        }
+    }
+
+    /// The first that overlaps this one.
+    fn overlapping<'a>(&self, forward: &Forward, forwards: &'a [Forward]) -> Option<&'a Forward> {
+        let is_it = |index: &usize| overlap(&forwards[*index], forward);
+        let index = match keys(forward) {
+            None => (0..forwards.len()).find(is_it),
+            Some(keys) => {
+                let same = keys.filter_map(|key| self.single.get(&key)).flatten();
+                let mut candidates: Vec<usize> = same.chain(&self.other).copied().collect();
+                candidates.sort_unstable();
+                candidates.into_iter().find(is_it)
+            }
+        };
+        index.map(|index| &forwards[index])
+    }
+}
+
+/// Its protocols, each with its port, where it has one.
+fn keys(forward: &Forward) -> Option<impl Iterator<Item = (Protocol, u16)>> {
+    let ports = forward.ports.as_ref()?;
+    let is_single = ports.start() == ports.end() && !forward.protocols.is_empty();
+    let port = *ports.start();
+    is_single.then(|| {
+        forward
+            .protocols
+            .iter()
+            .map(move |protocol| (*protocol, port))
+    })
 }
 
 /// Whether some packet fits both and the order has not been said: what leaves `from`, `port` or the

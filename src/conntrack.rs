@@ -138,7 +138,9 @@ fn flow(line: &str) -> Option<Flow> {
             .and_then(|mark| mark.parse().ok())
             .unwrap_or(0),
         is_replied: !line.contains("[UNREPLIED]"),
-        bytes: bytes[0].zip(bytes[1]).map(|(there, back)| there + back),
+        bytes: bytes[0]
+            .zip(bytes[1])
+            .map(|(there, back): (u64, u64)| there.saturating_add(back)),
         icmp: icmp.map(|((kind, code), id)| [kind, code, id]),
         protocol,
         number,

@@ -90,9 +90,10 @@ fn named(line: &str) -> String {
 
 /// Whether a listed entry carries our protocol number.
 fn has_our_protocol(line: &str) -> bool {
-    let mut words = line.split_ascii_whitespace();
-    words.any(|word| word == "proto")
-        && words.next().and_then(|word| word.parse().ok()) == Some(PROTOCOL)
+    // A link may be called proto, too.
+    let words: Vec<&str> = line.split_ascii_whitespace().collect();
+    let mut pairs = words.windows(2);
+    pairs.any(|pair| pair[0] == "proto" && pair[1].parse() == Ok(PROTOCOL))
 }
 
 /// Where the kernel sends a packet: the answer to `ip route get`.
@@ -114,16 +115,23 @@ pub struct Way {
 pub fn way(text: &str) -> Result<Way> {
     let line = text.lines().next().unwrap_or_default();
     let mut way = Way::default();
-    let mut words = line.split_ascii_whitespace().peekable();
+    let is_flag =
+        |word: &&str| matches!(*word, "linkdown" | "dead" | "onlink" | "offload" | "trap");
+    let mut words = line
+        .split_ascii_whitespace()
+        .filter(|word| !is_flag(word))
+        .peekable();
     way.is_local = words
         .next_if(|word| matches!(*word, "local" | "2" | "broadcast" | "3"))
         .is_some();
-    while let Some(word) = words.next() {
-        match (word, words.peek()) {
-            ("dev", Some(dev)) => way.dev = (*dev).to_owned(),
-            ("via", Some(via)) => way.via = Some((*via).to_owned()),
-            ("table", Some(table)) => way.table = table.parse().ok().map(TableId),
-            ("src", Some(source)) => way.source = source.parse().ok(),
+    words.next();
+    // Words and values in turn: a link may be called via, too.
+    while let Some((word, value)) = words.next().zip(words.next()) {
+        match word {
+            "dev" => way.dev = value.to_owned(),
+            "via" => way.via = Some(value.to_owned()),
+            "table" => way.table = value.parse().ok().map(TableId),
+            "src" => way.source = value.parse().ok(),
             _ => {}
         }
     }
@@ -265,16 +273,41 @@ fn fwmark(text: &str) -> Result<FwMark> {
     })
 }
 
+/// A word as it means itself to a shell and in a batch; none where there is no such form: a batch knows
+/// no escape, and its comments begin anywhere (`getcmdline`, `makeargs` in iproute2's lib/utils.c). The
+/// names that we take need nothing. Others get into an entry of ours when somebody renames a link; where
+/// they have no form they are left out, and what is deleted is found by the rest.
+fn word(text: &str) -> Option<String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._:/-".contains(c);
+    if text.chars().all(plain) {
+        return Some(text.to_owned());
+    }
+    let is_quotable = |c: char| !c.is_control() && !"'#".contains(c);
+    text.chars().all(is_quotable).then(|| format!("'{text}'"))
+}
+
+/// The words of an entry that we never write, pair by pair.
+fn unknown(words: &[String], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    for pair in words.chunks(2) {
+        if let Some(pair) = pair
+            .iter()
+            .map(|text| word(text))
+            .collect::<Option<Vec<_>>>()
+        {
+            write!(f, " {}", pair.join(" "))?;
+        }
+    }
+    Ok(())
+}
+
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(kind) = &self.kind {
             write!(f, "{kind} ")?;
         }
         f.write_str(&self.destination)?;
-        for word in &self.rest {
-            write!(f, " {word}")?;
-        }
-        if let Some(dev) = &self.dev {
+        unknown(&self.rest, f)?;
+        if let Some(dev) = self.dev.as_ref().and_then(|dev| word(dev)) {
             write!(f, " dev {dev}")?;
         }
         if self.metric != 0 {
@@ -288,11 +321,9 @@ impl fmt::Display for RouteRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // `rule del` takes what is not named for a wildcard (ip-rule(8)), so all is named.
         write!(f, "priority {}", self.priority)?;
-        for word in &self.rest {
-            write!(f, " {word}")?;
-        }
+        unknown(&self.rest, f)?;
         write!(f, " from {}", self.from.as_deref().unwrap_or("all"))?;
-        if let Some(iif) = &self.iif {
+        if let Some(iif) = self.iif.as_ref().and_then(|iif| word(iif)) {
             write!(f, " iif {iif}")?;
         }
         if let Some(fwmark) = &self.fwmark {
