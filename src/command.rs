@@ -239,16 +239,25 @@ impl Tools {
     /// All IPv4 connections that are tracked; none where the tool is not installed.
     ///
     /// # Errors
-    /// It can't be run or fails.
+    /// It can't be run or fails, or does not say that it has shown as many.
     pub fn conntrack_list(&self) -> Result<Option<String>> {
         let Some(path) = &self.conntrack else {
             return Ok(None);
         };
         let output = self.run(path, &["-L", "-f", "ipv4"], "")?;
+        let name = "conntrack -L -f ipv4";
+        ensure!(output.status.success(), "{name}: {}", output.failure());
+        // `conntrack v1.4.7 (conntrack-tools): 3 flow entries have been shown.`
+        let mut words = output
+            .stderr
+            .split(' ')
+            .skip_while(|word| !word.ends_with(':'));
+        let said = words.nth(1).and_then(|count| count.parse().ok());
+        let shown = output.stdout.lines().count();
         ensure!(
-            output.status.success(),
-            "conntrack -L -f ipv4: {}",
-            output.failure()
+            said == Some(shown),
+            "{name}: cut short: {shown} connections, and it says: {}",
+            output.stderr.trim()
         );
         Ok(Some(output.stdout))
     }

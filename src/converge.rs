@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 
 use crate::apply::{Outcome, apply};
 use crate::claim::{self, Addressed, Looks, Running};
-use crate::command::{Backend, OnError, Tools};
+use crate::command::{OnError, Tools};
 use crate::config::Config;
 use crate::conntrack::{self, Flow};
 use crate::link::Link;
@@ -67,11 +67,15 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         Mode::Apply => Some(Lock::take(started + LOCK_LIMIT).with_context(named)?),
         Mode::DryRun => None,
     };
-    let elsewhere = elsewhere(request, &tools);
+    let elsewhere = elsewhere(&tools);
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
+    // What stood before the first change of which connections may be left behind.
+    let mut before: Option<State> = None;
     for round in 0..ROUNDS {
-        let (observed, mtus) = observe(&tools).with_context(named)?;
+        let (observed, mtus) = observe(&tools)
+            .map_err(|error| all(&total.errors, Some(error)))
+            .with_context(named)?;
         let (looks, wanted) = aim(request, config, &observed, &mtus)?;
         if let Some(doubt) = config
             .and_then(|config| request.doubts(config, &looks))
@@ -84,7 +88,10 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
             say_what_stands(&wanted, &steps);
         }
         if mode == Mode::DryRun {
-            let flows = tracked(&tools, &steps)?;
+            let flows = match stale::leaves_some(&steps) {
+                true => tracked(&tools)?,
+                false => Vec::new(),
+            };
             let stale = stale(config, &looks, &observed, &wanted, &flows);
             let deletions = conntrack::deletions(&flows, &stale);
             let mut steps = vec![(&tools, steps)];
@@ -95,31 +102,39 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         }
         // The same steps once more would fail once more.
         if failed.as_ref() == Some(&steps) {
-            return Err(all(&total.errors)).with_context(|| describe(request, &looks));
+            return Err(all(&total.errors, None)).with_context(|| describe(request, &looks));
         }
         let on_error = if looks.values().any(Option::is_some) {
             OnError::Stop
         } else {
             OnError::GoOn
         };
+        if before.is_none() && stale::leaves_some(&steps) {
+            before = Some(observed.clone());
+        }
         let outcome = apply(&tools, &steps, on_error);
         total.added += outcome.added;
         total.removed += outcome.removed;
         total.errors = outcome.errors;
         if !total.errors.is_empty() {
-            debug!("{:#}; looking again", all(&total.errors));
+            debug!("{:#}; looking again", all(&total.errors, None));
             failed = Some(steps);
             continue;
         }
-        let flows = tracked(&tools, &steps).with_context(named)?;
-        let stale = stale(config, &looks, &observed, &wanted, &flows);
-        end(&tools, &conntrack::deletions(&flows, &stale)).with_context(named)?;
-        total.removed += stale.len();
+        if let Some(before) = &before {
+            let ended = end_stale(&tools, config, &looks, before, &wanted);
+            // What has failed once may have been a mishap; nobody would ask again.
+            let ended = ended.or_else(|error| {
+                debug!("{error:#}; once more");
+                end_stale(&tools, config, &looks, before, &wanted)
+            });
+            total.removed += ended.with_context(named)?;
+        }
         if let Some(there) = &elsewhere {
             let outcome = there.leave(request, &looks);
             total.removed += outcome.removed;
             if !outcome.errors.is_empty() {
-                return Err(all(&outcome.errors)).with_context(named);
+                return Err(all(&outcome.errors, None)).with_context(named);
             }
         }
         if places(&aim(request, config, &observed, &mtus)?.0) == places(&looks) {
@@ -132,7 +147,7 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
             "the links keep changing while their entries are made: run mh-hook sync when they are quiet"
         );
     }
-    Err(all(&total.errors))
+    Err(all(&total.errors, None))
 }
 
 /// The uplinks in question with their links as they are now, and all of ours that should stand.
@@ -180,14 +195,11 @@ struct Elsewhere {
     state: State,
 }
 
-/// A file tells whether legacy has anything; asking nft costs a process, which pppd's calls are spared.
-fn elsewhere(request: &Request, tools: &Tools) -> Option<Elsewhere> {
-    let by_hand = matches!(request, Request::Sync | Request::Down { .. });
-    let asked = match tools.backend {
-        Backend::Nft => observed::legacy_tables(),
-        Backend::Legacy => by_hand,
-    };
-    let tools = tools.other().filter(|_| asked)?;
+fn elsewhere(tools: &Tools) -> Option<Elsewhere> {
+    let tools = tools.other()?;
+    if !observed::has_tables(tools.backend) {
+        return None;
+    }
     let state = match observed::in_backend(&tools) {
         Ok(state) => state,
         Err(error) => {
@@ -235,12 +247,12 @@ fn say_what_stands(wanted: &State, steps: &[Step]) {
     }
 }
 
-/// The connections that are tracked, if these steps can leave some behind that contradict them.
-fn tracked(tools: &Tools, steps: &[Step]) -> Result<Vec<Flow>> {
+/// The connections that are tracked.
+fn tracked(tools: &Tools) -> Result<Vec<Flow>> {
     // The kernel's own count saves a process where there is none (nf_conntrack-sysctl.rst).
     let count =
         fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").unwrap_or_default();
-    if !stale::leaves_some(steps) || count.trim() == "0" {
+    if count.trim() == "0" {
         return Ok(Vec::new());
     }
     let Some(listing) = tools.conntrack_list()? else {
@@ -250,6 +262,20 @@ fn tracked(tools: &Tools, steps: &[Step]) -> Result<Vec<Flow>> {
         return Ok(Vec::new());
     };
     Ok(conntrack::parse(&listing))
+}
+
+/// Ends the connections that contradict the change, and says how many.
+fn end_stale(
+    tools: &Tools,
+    config: Option<&Config>,
+    looks: &Looks,
+    before: &State,
+    wanted: &State,
+) -> Result<usize> {
+    let flows = tracked(tools)?;
+    let stale = stale(config, looks, before, wanted, &flows);
+    end(tools, &conntrack::deletions(&flows, &stale))?;
+    Ok(stale.len())
 }
 
 fn stale<'a>(
@@ -295,8 +321,9 @@ fn print(steps: &[(&Tools, Vec<Step>)], deletions: &[String]) -> Result<()> {
 }
 
 /// All errors as one.
-fn all(errors: &[Error]) -> Error {
-    let texts: Vec<String> = errors.iter().map(|error| format!("{error:#}")).collect();
+fn all(errors: &[Error], last: Option<Error>) -> Error {
+    let errors = errors.iter().chain(&last);
+    let texts: Vec<String> = errors.map(|error| format!("{error:#}")).collect();
     anyhow!(texts.join("; "))
 }
 

@@ -9,8 +9,10 @@ use anyhow::{Context, Result};
 use crate::state::{FwMark, IfName, PROTOCOL, Route, RouteRule, TableId};
 
 /// What asks for all of ours at once, and for the links' MTUs, for `ip -4 -N -batch -`. In a batch
-/// a table that does not exist is an empty answer; alone it would be an error.
-pub const QUESTIONS: &str = "rule show\nroute show table all protocol 109\nlink show\n";
+/// a table that does not exist is an empty answer; alone it would be an error. The last answer tells
+/// that the others have come whole: every network namespace has lo, and it is its first link.
+pub const QUESTIONS: &str =
+    "rule show\nroute show table all protocol 109\nlink show\nlink show dev lo\n";
 
 /// The answers to [`QUESTIONS`].
 #[derive(Debug, Default)]
@@ -149,6 +151,7 @@ pub fn way(text: &str) -> Result<Way> {
 /// An answer that is not of the form that iproute2 prints.
 pub fn parse(text: &str) -> Result<Listing> {
     let mut listing = Listing::default();
+    let mut last = "";
     // An indented line goes on about what the line above it names.
     for line in text
         .lines()
@@ -164,12 +167,15 @@ pub fn parse(text: &str) -> Result<Listing> {
                     .rules
                     .insert(route_rule(priority, rest).with_context(context)?);
             }
-        } else if let Some((_, rest)) = line.split_once(": ") {
+        } else if let Some((number, rest)) = line.split_once(": ") {
+            last = number;
             listing.mtus.extend(mtu(rest));
         } else {
             listing.routes.insert(route(line).with_context(context)?);
         }
     }
+    let is_whole = last == "1" && text.matches("1: lo: ").count() > 1;
+    anyhow::ensure!(is_whole, "ip's listing is cut short");
     Ok(listing)
 }
 

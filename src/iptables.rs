@@ -31,6 +31,12 @@ pub fn parse(save: &str) -> Result<BTreeMap<(Table, UplinkName), Share>> {
             // Only lines that could be ours are taken apart: there may be 10,000 others.
             entry(line, table, &mut shares)
                 .with_context(|| format!("read what iptables-save prints: {line:?}"))?;
+        } else {
+            anyhow::ensure!(
+                !committed || line.is_empty() || line.starts_with('#'),
+                "read what iptables-save prints: {:?}",
+                line.chars().take(80).collect::<String>()
+            );
         }
     }
     anyhow::ensure!(committed, "iptables-save ended in the middle of a table");

@@ -1,4 +1,5 @@
-//! What getifaddrs(3) leaves out of the kernel's answer: when each address was added (rtnetlink(7)).
+//! What the kernel tells without a process of its own (netlink(7)): when each address was added, which
+//! getifaddrs(3) leaves out; whether nf_tables has tables of iptables.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -32,6 +33,13 @@ const IFA_LOCAL: u16 = 2;
 const IFA_LABEL: u16 = 3;
 const IFA_CACHEINFO: u16 = 6;
 
+// linux/netfilter/nfnetlink.h, nf_tables.h: the subsystem in the upper byte
+const NFT_NEWTABLE: u16 = 10 << 8;
+const NFT_GETTABLE: u16 = 10 << 8 | 1;
+/// The bytes of an `nfgenmsg`: family, version, resource.
+const NFGENMSG: usize = 4;
+const NFTA_TABLE_NAME: u16 = 1;
+
 /// More than one message of a dump takes (`NLMSG_GOODSIZE`, linux/netlink.h).
 const BUFFER: usize = 32 << 10;
 
@@ -44,52 +52,97 @@ const PATIENCE: i64 = 5;
 /// The kernel can't be asked, or refuses.
 pub fn ages() -> Result<BTreeMap<(String, Ipv4Addr), Duration>> {
     let asked = || "ask for the addresses' ages (netlink)";
-    let socket = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkRoute,
-    )
-    .with_context(asked)?;
-    setsockopt(
-        &socket,
-        sockopt::ReceiveTimeout,
-        &TimeVal::seconds(PATIENCE),
-    )
-    .with_context(asked)?;
-    send(socket.as_raw_fd(), &question(), MsgFlags::empty()).with_context(asked)?;
     let mut ages = BTreeMap::new();
+    dump(
+        SockProtocol::NetlinkRoute,
+        RTM_GETADDR,
+        ADDRESS,
+        |kind, body| {
+            // What the kernel stamps is its ticks, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
+            let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
+            if kind == RTM_NEWADDR {
+                ages.extend(address(body).map(|(key, stamp)| (key, age(now, stamp))));
+            }
+            Ok(())
+        },
+    )
+    .with_context(asked)?;
+    Ok(ages)
+}
+
+/// Whether iptables-nft may have rules: whether nf_tables has one of the tables that it makes.
+///
+/// # Errors
+/// The kernel can't be asked, or refuses.
+pub fn nft_tables() -> Result<bool> {
+    let asked = || "ask for the tables of nf_tables (netlink)";
+    let mut found = false;
+    dump(
+        SockProtocol::NetlinkNetFilter,
+        NFT_GETTABLE,
+        NFGENMSG,
+        |kind, body| {
+            let attributes = body.get(NFGENMSG..).unwrap_or_default();
+            let name = attribute(attributes, NFTA_TABLE_NAME).unwrap_or_default();
+            let name = name.strip_suffix(b"\0").unwrap_or(name);
+            found |= kind == NFT_NEWTABLE && [&b"mangle"[..], b"nat", b"filter"].contains(&name);
+            Ok(())
+        },
+    )
+    .with_context(asked)?;
+    Ok(found)
+}
+
+/// Asks for all entries of a kind, of IPv4, and hands on each message's type and body. `fixed` is the
+/// length of what is ahead of a message's attributes; it begins with the family.
+fn dump(
+    protocol: SockProtocol,
+    kind: u16,
+    fixed: usize,
+    mut take: impl FnMut(u16, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+    let patience = TimeVal::seconds(PATIENCE);
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+    let question = question(kind, fixed);
+    send(socket.as_raw_fd(), &question, MsgFlags::empty())?;
     let mut buffer = vec![0; BUFFER];
     loop {
-        let length =
-            recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()).with_context(asked)?;
-        // What the kernel stamps is its ticks, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
-        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC).with_context(asked)?);
+        let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
         let mut messages = buffer.get(..length).unwrap_or_default();
         while let Some((kind, body)) = message(&mut messages) {
             match kind {
-                RTM_NEWADDR => {
-                    ages.extend(address(body).map(|(key, stamp)| (key, age(now, stamp))))
-                }
-                NLMSG_DONE => return Ok(ages),
-                NLMSG_ERROR => bail!("{}: the kernel refuses", asked()),
-                _ => {}
+                NLMSG_DONE => return Ok(()),
+                NLMSG_ERROR => bail!("the kernel refuses"),
+                _ => take(kind, body)?,
             }
         }
     }
 }
 
-/// All IPv4 addresses.
-fn question() -> Vec<u8> {
+fn question(kind: u16, fixed: usize) -> Vec<u8> {
     let mut question = Vec::new();
-    let length = u32::try_from(HEADER + ADDRESS).expect("it is 24");
+    let length = u32::try_from(HEADER + fixed).expect("it is short");
     question.extend(length.to_ne_bytes());
-    question.extend(RTM_GETADDR.to_ne_bytes());
+    question.extend(kind.to_ne_bytes());
     question.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
     question.extend([0; 8]);
     question.push(AddressFamily::Inet as u8);
-    question.resize(HEADER + ADDRESS, 0);
+    question.resize(HEADER + fixed, 0);
     question
+}
+
+/// The value of the first attribute of this type.
+fn attribute(mut rest: &[u8], kind: u16) -> Option<&[u8]> {
+    loop {
+        let (length, found) = (usize::from(u16_at(rest, 0)?), u16_at(rest, 2)?);
+        let value = rest.get(4..length)?;
+        if found == kind {
+            return Some(value);
+        }
+        rest = rest.get(length.next_multiple_of(4)..)?;
+    }
 }
 
 /// The next message's type and body.
@@ -102,24 +155,14 @@ fn message<'a>(rest: &mut &'a [u8]) -> Option<(u16, &'a [u8])> {
 
 /// An address with its interface, and when it was added, in hundredths of a second since the start.
 fn address(body: &[u8]) -> Option<((String, Ipv4Addr), u32)> {
-    let mut rest = body.get(ADDRESS..)?;
-    let (mut name, mut local, mut stamp) = (None, None, None);
-    while let Some(length) = u16_at(rest, 0).map(usize::from) {
-        let value = rest.get(4..length)?;
-        match u16_at(rest, 2)? {
-            IFA_LOCAL => local = <[u8; 4]>::try_from(value).ok().map(Ipv4Addr::from),
-            // NAME or NAME:ALIAS (ip-address(8), label), and a zero.
-            IFA_LABEL => {
-                let text = String::from_utf8_lossy(value);
-                name = text.split([':', '\0']).next().map(str::to_owned);
-            }
-            // Preferred and valid for how long, added and changed when.
-            IFA_CACHEINFO => stamp = u32_at(value, 8),
-            _ => {}
-        }
-        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
-    Some(((name?, local?), stamp?))
+    let attributes = body.get(ADDRESS..)?;
+    let local = <[u8; 4]>::try_from(attribute(attributes, IFA_LOCAL)?).ok()?;
+    // NAME or NAME:ALIAS (ip-address(8), label), and a zero.
+    let label = String::from_utf8_lossy(attribute(attributes, IFA_LABEL)?);
+    let name = label.split([':', '\0']).next()?.to_owned();
+    // Preferred and valid for how long, added and changed when.
+    let stamp = u32_at(attribute(attributes, IFA_CACHEINFO)?, 8)?;
+    Some(((name, local.into()), stamp))
 }
 
 /// The stamp has 32 bits, and starts anew after 497 days.
@@ -159,7 +202,8 @@ mod tests {
 
     #[test]
     fn a_message_cut_short_is_none() {
-        let mut question: &[u8] = &question();
+        let question = question(RTM_GETADDR, ADDRESS);
+        let mut question: &[u8] = &question;
         assert_eq!(message(&mut &question[..20]), None);
         let (kind, body) = message(&mut question).expect("one message");
         assert_eq!(

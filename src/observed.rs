@@ -1,13 +1,15 @@
 //! What stands in the kernel of ours, asked of the tools: two processes, whatever there is.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
 
 use anyhow::Result;
 
-use crate::command::Tools;
+use crate::command::{Backend, Tools};
 use crate::ip::Listing;
 use crate::state::{IfName, Loose, State, Table};
-use crate::{claim, ip, iptables, link};
+use crate::{claim, ip, iptables, link, netlink};
 
 /// All entries of ours, and the links' MTUs in bytes.
 ///
@@ -59,8 +61,26 @@ pub fn in_backend(tools: &Tools) -> Result<State> {
     })
 }
 
-/// Whether the legacy backend has any table: without asking its tool, which would make some.
-pub fn legacy_tables() -> bool {
-    // One name a line, empty without any; missing where the kernel has no legacy backend.
-    std::fs::read("/proc/net/ip_tables_names").is_ok_and(|names| !names.is_empty())
+/// Whether a backend may have entries: without asking its tool, which would cost a process, and make
+/// tables where there are none.
+pub fn has_tables(backend: Backend) -> bool {
+    match backend {
+        // One name a line, empty without any; missing where the kernel has no legacy backend.
+        Backend::Legacy => {
+            fs::read("/proc/net/ip_tables_names").is_ok_and(|names| !names.is_empty())
+        }
+        Backend::Nft => !is_unloaded("nf_tables") && netlink::nft_tables().unwrap_or(false),
+    }
+}
+
+/// Whether a part of netfilter is a module that nobody has needed yet: asking it would load it.
+fn is_unloaded(module: &str) -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let path = format!(
+        "/lib/modules/{}/kernel/net/netfilter/{module}.ko",
+        release.trim()
+    );
+    let mut endings = ["", ".xz", ".zst", ".gz"].iter();
+    !Path::new("/sys/module").join(module).exists()
+        && endings.any(|ending| Path::new(&format!("{path}{ending}")).exists())
 }

@@ -57,9 +57,9 @@ impl System {
         let (observed, mtus) = observe(&tools)?;
         let survey = ip::survey(&tools.ip_list(ip::SURVEY)?);
         let mut rulesets = vec![(tools.backend, Ruleset::parse(&tools.iptables_counters()?))];
-        // Asking for what legacy has would make its tables.
-        if (tools.backend == Backend::Legacy || observed::legacy_tables())
-            && let Some(other) = tools.other()
+        if let Some(other) = tools
+            .other()
+            .filter(|other| observed::has_tables(other.backend))
         {
             let ruleset = Ruleset::parse(&other.iptables_counters()?);
             if !ruleset.is_empty() {
