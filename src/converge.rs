@@ -20,6 +20,7 @@ use crate::link::Link;
 use crate::lock::Lock;
 use crate::observed::{self, observe};
 use crate::plan::{Step, plan};
+use crate::privilege::drop_all_but_needed;
 use crate::request::Request;
 use crate::stale;
 use crate::state::{IfName, State, UplinkName};
@@ -63,6 +64,7 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
     );
     let named = || request.to_string();
     let tools = Tools::find(started + LIMIT).with_context(named)?;
+    drop_all_but_needed(tools.backend);
     let _lock = match mode {
         Mode::Apply => Some(Lock::take(started + LOCK_LIMIT).with_context(named)?),
         Mode::DryRun => None,

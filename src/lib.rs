@@ -31,6 +31,7 @@ pub mod netlink;
 pub mod observed;
 pub mod packet;
 pub mod plan;
+pub mod privilege;
 pub mod report;
 pub mod request;
 pub mod ruleset;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::geteuid;
 
 use crate::claim::{self, Looks};
@@ -15,6 +15,7 @@ use crate::conntrack::{self, Flow};
 use crate::ip::{self, Survey, Way};
 use crate::link::Link;
 use crate::observed::{self, observe};
+use crate::privilege::drop_all_but_needed;
 use crate::request::Request;
 use crate::ruleset::Ruleset;
 use crate::state::{IfName, State};
@@ -54,6 +55,7 @@ impl System {
             "must be root: the kernel's routing and iptables are to be read"
         );
         let tools = Tools::find(Instant::now() + LIMIT)?;
+        drop_all_but_needed(tools.backend);
         let (observed, mtus) = observe(&tools)?;
         let survey = ip::survey(&tools.ip_list(ip::SURVEY)?);
         let mut rulesets = vec![(tools.backend, Ruleset::parse(&tools.iptables_counters()?))];
@@ -107,9 +109,13 @@ impl System {
                 .with_context(|| format!("ip route get {question}"))
                 .map(Ok);
         }
-        let words = output.stderr.lines().next().unwrap_or_default();
-        let words = words.strip_prefix("RTNETLINK answers: ").unwrap_or(words);
-        Ok(Err(words.to_owned()))
+        // A refusal has words; whatever else ended it says nothing of the route.
+        let words = output.stderr.lines().next();
+        let words = words.and_then(|words| words.strip_prefix("RTNETLINK answers: "));
+        match words {
+            Some(words) => Ok(Err(words.to_owned())),
+            None => bail!("ip route get {question}: {}", output.failure()),
+        }
     }
 }
 
