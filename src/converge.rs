@@ -78,7 +78,10 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         let (observed, mtus) = observe(&tools)
             .map_err(|error| all(&total.errors, Some(error)))
             .with_context(named)?;
-        let (looks, wanted) = aim(request, config, &observed, &mtus)?;
+        let Some(looks) = look(request, config, &observed, &mtus)? else {
+            return Ok(());
+        };
+        let wanted = wanted(request, config, &observed, &looks);
         if let Some(doubt) = config
             .and_then(|config| request.doubts(config, &looks))
             .filter(|_| round == 0)
@@ -139,7 +142,8 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
                 return Err(all(&outcome.errors, None)).with_context(named);
             }
         }
-        if places(&aim(request, config, &observed, &mtus)?.0) == places(&looks) {
+        let now = look(request, config, &observed, &mtus)?;
+        if now.is_some_and(|now| places(&now) == places(&looks)) {
             summary(request, &looks, &total, started);
             return Ok(());
         }
@@ -152,30 +156,37 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
     Err(all(&total.errors, None))
 }
 
-/// The uplinks in question with their links as they are now, and all of ours that should stand.
-fn aim(
+/// The uplinks in question, with their links as they are now; none where there is nothing to do:
+/// without a configuration entries can only be removed, and not while the interface is up.
+fn look(
     request: &Request,
     config: Option<&Config>,
     observed: &State,
     mtus: &BTreeMap<IfName, u32>,
-) -> Result<(Looks, State)> {
+) -> Result<Option<Looks>> {
     if let Some(config) = config {
-        let looks = request.look(config, observed, mtus)?;
-        let wanted = claim::wanted(config, observed, &looks);
-        return Ok((looks, wanted));
+        return request.look(config, observed, mtus).map(Some);
     }
     let Some(interface) = request.interface() else {
-        return Ok((Looks::new(), observed.clone()));
+        return Ok(None);
     };
     let link = Link::read(interface)?;
     let is_up = link.is_some_and(|link| link.up && !link.addresses.is_empty());
     if matches!(request, Request::Event(_)) && is_up {
         debug!("{interface} is up: this event is a late one");
-        return Ok((Looks::new(), observed.clone()));
+        return Ok(None);
     }
     let names = claim::bound_to(interface, observed);
-    let looks = names.into_iter().map(|name| (name, None)).collect();
-    Ok((looks, claim::without_interface(interface, observed)))
+    Ok(Some(names.into_iter().map(|name| (name, None)).collect()))
+}
+
+/// All of ours that should stand.
+fn wanted(request: &Request, config: Option<&Config>, observed: &State, looks: &Looks) -> State {
+    match (config, request.interface()) {
+        (Some(config), _) => claim::wanted(config, observed, looks),
+        (None, Some(interface)) => claim::without_interface(interface, observed),
+        (None, None) => observed.clone(),
+    }
 }
 
 /// Where the links are, and for which addresses entries were made.
