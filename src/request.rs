@@ -154,6 +154,12 @@ impl Request {
                 // An uplink by that name alone is sure; else what stands tells.
                 let sure =
                     |name: &&UplinkName| config.uplinks[*name].identity.interface_alone().is_some();
+                // One that is at an interface of another name by now does not come back by what stands.
+                let may_be = |name: &UplinkName| {
+                    let own = config.uplinks[name].identity.interface.as_ref();
+                    own.is_none_or(|own| own == interface)
+                };
+                let bound: BTreeSet<_> = bound.into_iter().filter(may_be).collect();
                 if !chosen.iter().any(|name| sure(&name)) && !bound.is_empty() {
                     chosen = bound;
                 }
