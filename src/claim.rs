@@ -116,7 +116,13 @@ pub fn without_interface(interface: &IfName, observed: &State) -> State {
         .filter(|table| !tables.contains_key(table))
         .collect();
     gone.merge(observed.share(&BTreeSet::new(), &unclaimed));
-    observed.without(&gone)
+    let mut left = observed.without(&gone);
+    // Two uplinks that have the same address share the rule that lets it talk to the LAN.
+    let tables = left.rules.iter().map(|rule| rule.table);
+    let tables = tables.filter(|table| *table != TableId::MAIN).collect();
+    let shared = observed.share(&BTreeSet::new(), &tables);
+    left.rules.extend(shared.rules);
+    left
 }
 
 fn share(
@@ -133,8 +139,9 @@ fn share(
 }
 
 /// Which uplink the entries in a routing table belong to. The configuration comes first; for a
-/// table that it does not name, the kernel tells: the chain of an uplink sets a mark, a rule sends
-/// that mark to a table, and a route in a table names the interface of an uplink's jump.
+/// table that it does not name, the kernel tells: a route in a table names the interface of an uplink's
+/// jump; or, where the link has taken its route along, the chain of an uplink sets a mark, and a rule
+/// sends that mark to a table.
 fn tables(config: Option<&Config>, state: &State) -> BTreeMap<TableId, UplinkName> {
     let mut tables = BTreeMap::new();
     for (name, uplink) in config.iter().flat_map(|config| &config.uplinks) {
@@ -144,6 +151,13 @@ fn tables(config: Option<&Config>, state: &State) -> BTreeMap<TableId, UplinkNam
                 .iter()
                 .map(|routing| (routing.table, name.clone())),
         );
+    }
+    for ((_, uplink), share) in &state.tables {
+        for interface in interfaces(share) {
+            for table in tables_by(&interface, state) {
+                tables.entry(table).or_insert_with(|| uplink.clone());
+            }
+        }
     }
     for ((_, uplink), share) in &state.tables {
         let marks: Vec<FwMark> = share
@@ -158,13 +172,6 @@ fn tables(config: Option<&Config>, state: &State) -> BTreeMap<TableId, UplinkNam
             .filter(|rule| rule.fwmark.is_some_and(|mark| marks.contains(&mark)));
         for table in marked.map(|rule| rule.table) {
             tables.entry(table).or_insert_with(|| uplink.clone());
-        }
-    }
-    for ((_, uplink), share) in &state.tables {
-        for interface in interfaces(share) {
-            for table in tables_by(&interface, state) {
-                tables.entry(table).or_insert_with(|| uplink.clone());
-            }
         }
     }
     tables

@@ -27,6 +27,9 @@ const MAX_SIZE: u64 = 2 << 20;
 /// How many problems are told: whoever gives us something else than a configuration has seen enough.
 const MAX_PROBLEMS: usize = 100;
 
+/// How many uplinks there may be: each is compared with each other.
+const MAX_UPLINKS: usize = 500;
+
 /// A configuration that holds.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Config {
@@ -495,6 +498,10 @@ impl Reader {
                 );
                 continue;
             };
+            if uplinks.len() == MAX_UPLINKS {
+                self.problem(key.span(), format!("more than {MAX_UPLINKS} uplinks"));
+                break;
+            }
             if let Some(uplink) = self.uplink(key, table, mask) {
                 places.push((name.clone(), key.span()));
                 uplinks.insert(name, uplink);
