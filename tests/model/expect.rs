@@ -1,0 +1,413 @@
+//! The model: from the configuration, the links, what stood before and the call, to what must stand after it.
+//! Pure, and written from the description of the program, not from its source.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+use crate::listing::{is_iptables, owner, sorted, table, value};
+use crate::step::{Call, Config, Direction, LANS, NETWORKS, PINS, Uplink};
+
+/// A link as the steps have left it; none where there is no device.
+#[derive(Clone, Debug, Default)]
+pub struct Link {
+    pub up: bool,
+    pub addresses: Vec<Ipv4Addr>,
+    pub mtu: u32,
+}
+
+/// All that a call's outcome depends on, but the call.
+#[derive(Debug)]
+pub struct World<'a> {
+    /// None where it does not hold.
+    pub config: Option<&'a Config>,
+    pub links: &'a BTreeMap<&'static str, Link>,
+    /// Our entries before the call.
+    pub ours: &'a [String],
+    /// For which uplink each routing table was filled last: a table that no configuration names any
+    /// more is still its uplink's.
+    pub filled: &'a BTreeMap<String, String>,
+}
+
+/// What must be so after a call.
+#[derive(Debug, Default)]
+pub struct Expected {
+    pub status: i32,
+    /// Our entries.
+    pub ours: Vec<String>,
+    /// Entries of a table that no configuration names any more, whose uplink can't be told from the
+    /// kernel either, because what told it has been removed: they may stay or go.
+    pub doubtful: BTreeSet<String>,
+    /// Tables that have been filled, and for whom.
+    pub filled: BTreeMap<String, String>,
+}
+
+/// The call's outcome.
+pub fn expect(world: &World, call: &Call) -> Expected {
+    let Some(config) = world.config else {
+        return without_configuration(world, call);
+    };
+    let unchanged = |status| Expected {
+        status,
+        ours: world.ours.to_vec(),
+        ..Expected::default()
+    };
+    let local = match call {
+        Call::Event(Direction::Down, ..) | Call::Down(_) | Call::Sync => None,
+        Call::Event(_, _, local) | Call::Up(_, local) => *local,
+    };
+    if local.is_some_and(is_lan) {
+        return unchanged(2);
+    }
+    let mut outcome = BTreeMap::new();
+    for uplink in in_question(world, config, call) {
+        match address(world, call, uplink, local) {
+            Ok(address) if address.is_some_and(is_lan) => return unchanged(1),
+            Ok(address) => outcome.insert(uplink.name.as_str(), address),
+            Err(NotUp) => return unchanged(1),
+        };
+    }
+    let mut expected = Expected::default();
+    let mut wanted = Vec::new();
+    for (name, address) in &outcome {
+        if let (Some(uplink), Some(address)) = (config.uplink(name), address) {
+            let link = &world.links[uplink.interface.as_str()];
+            wanted.extend(entries(config, uplink, link, *address));
+            if let Some(table) = uplink.table {
+                expected
+                    .filled
+                    .insert(table.to_string(), uplink.name.clone());
+            }
+        }
+    }
+    let stays = |name: &str| config.uplink(name).is_some() && !outcome.contains_key(name);
+    keep(world, Some(config), stays, wanted, &mut expected);
+    expected
+}
+
+/// The uplinks that a call is about: those at its interface, and those whose entries name it.
+fn in_question<'a>(world: &World, config: &'a Config, call: &Call) -> Vec<&'a Uplink> {
+    let interface = match call {
+        Call::Sync => return config.uplinks.iter().collect(),
+        Call::Event(_, interface, _) | Call::Up(interface, _) | Call::Down(interface) => interface,
+    };
+    let bound = bound(world.ours, interface);
+    let uplinks = config.uplinks.iter();
+    uplinks
+        .filter(|uplink| uplink.interface == *interface || bound.contains(&uplink.name))
+        .collect()
+}
+
+/// The uplinks whose jump or masquerade names the interface.
+fn bound(ours: &[String], interface: &str) -> BTreeSet<String> {
+    let names = ours.iter().filter_map(|line| {
+        let name = owner(line)?;
+        let target = value(line, "-j")?;
+        let jump = target == format!("mh-{name}")
+            && value(line, "-d").is_none()
+            && value(line, "-i") == Some(interface);
+        let masquerade = target == "MASQUERADE"
+            && value(line, "--ctorigdst").is_none()
+            && value(line, "-o") == Some(interface);
+        (jump || masquerade).then(|| name.to_owned())
+    });
+    names.collect()
+}
+
+struct NotUp;
+
+/// The address that the uplink should have entries for; none where it should have no entries.
+fn address(
+    world: &World,
+    call: &Call,
+    uplink: &Uplink,
+    local: Option<Ipv4Addr>,
+) -> Result<Option<Ipv4Addr>, NotUp> {
+    let link = world.links.get(uplink.interface.as_str());
+    match call {
+        Call::Down(interface) if *interface == uplink.interface => return Ok(None),
+        Call::Up(interface, _) if *interface == uplink.interface => {
+            let link = link.filter(|link| link.up).ok_or(NotUp)?;
+            let address = local.or(chosen(world, uplink, link, None));
+            return address.map(Some).ok_or(NotUp);
+        }
+        _ => {}
+    }
+    let is_about_to_be_up = matches!(call, Call::Event(Direction::PreUp, interface, _)
+        if *interface == uplink.interface);
+    let link = link.filter(|link| link.up || is_about_to_be_up);
+    Ok(link.and_then(|link| chosen(world, uplink, link, local)))
+}
+
+/// Of a link's addresses the one that pppd names, else the one that has entries, else the first.
+fn chosen(
+    world: &World,
+    uplink: &Uplink,
+    link: &Link,
+    local: Option<Ipv4Addr>,
+) -> Option<Ipv4Addr> {
+    let rules = world.ours.iter().filter(|line| line.starts_with("rule "));
+    let mut standing: Vec<(u32, Ipv4Addr)> = rules
+        .filter(|line| {
+            uplink
+                .table
+                .is_some_and(|own| table(line) == own.to_string())
+        })
+        .filter_map(|line| {
+            let priority = line["rule ".len()..].split(':').next()?.parse().ok()?;
+            Some((priority, value(line, "from")?.parse().ok()?))
+        })
+        .collect();
+    standing.sort();
+    let standing = standing.into_iter().map(|(_, address)| address);
+    let mut preferred = local.into_iter().chain(standing);
+    preferred
+        .find(|address| link.addresses.contains(address))
+        .or(link.addresses.first().copied())
+}
+
+fn is_lan(address: Ipv4Addr) -> bool {
+    address.octets()[..3] == [192, 168, 0] || address.octets()[..2] == [10, 8]
+}
+
+/// A configuration that does not hold changes nothing; what goes down is still cleaned away, as far
+/// as the kernel's own entries tell whose it is.
+fn without_configuration(world: &World, call: &Call) -> Expected {
+    let mut expected = Expected {
+        ours: world.ours.to_vec(),
+        ..Expected::default()
+    };
+    let interface = match call {
+        Call::Down(interface) => interface,
+        Call::Event(Direction::Down, interface, _) => {
+            let link = world.links.get(interface);
+            if link.is_some_and(|link| link.up && !link.addresses.is_empty()) {
+                return expected;
+            }
+            interface
+        }
+        _ => {
+            expected.status = 2;
+            return expected;
+        }
+    };
+    expected.ours.clear();
+    let names = bound(world.ours, interface);
+    let stays = |name: &str| !names.contains(name);
+    keep(world, None, stays, Vec::new(), &mut expected);
+    expected
+}
+
+/// What is to stand after a call: what is wanted, and of what stood before it what stays.
+fn keep(
+    world: &World,
+    config: Option<&Config>,
+    stays: impl Fn(&str) -> bool,
+    wanted: Vec<String>,
+    expected: &mut Expected,
+) {
+    let mut ours: Vec<String> = Vec::new();
+    // Each source that stays has its rule to the LAN stay with it.
+    let (mut sources, mut gone, mut doubtful) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    for line in world.ours {
+        if is_iptables(line) {
+            ours.extend(owner(line).filter(|name| stays(name)).map(|_| line.clone()));
+            continue;
+        }
+        let table = table(line);
+        if table == "main" && line.starts_with("rule ") {
+            continue;
+        }
+        let from = value(line, "from").filter(|from| line.starts_with("rule ") && *from != "all");
+        let claimed = config.and_then(|config| config.with_table(table));
+        let filled = world.filled.get(table);
+        let told = filled.filter(|name| tells(world.ours, name, table));
+        let is_by_link = value(line, "dev").is_some_and(|dev| dev.starts_with("ppp"));
+        let stays = match (claimed, told) {
+            (Some(uplink), _) => stays(&uplink.name),
+            (None, Some(name)) => stays(name),
+            (None, None) if filled.is_some() || is_by_link => {
+                expected.doubtful.insert(line.clone());
+                doubtful.extend(from);
+                continue;
+            }
+            // Nobody's: without a configuration there are no orphans.
+            (None, None) => config.is_none(),
+        };
+        if stays {
+            ours.push(line.clone());
+            sources.extend(from);
+        } else {
+            gone.extend(from);
+        }
+    }
+    for line in world
+        .ours
+        .iter()
+        .filter(|line| line.starts_with("rule ") && table(line) == "main")
+    {
+        let from = value(line, "from").unwrap_or_default();
+        let is_nobodys = config.is_none() && !gone.contains(from);
+        if doubtful.contains(from) && !sources.contains(from) {
+            expected.doubtful.insert(line.clone());
+        } else if sources.contains(from) || is_nobodys {
+            ours.push(line.clone());
+        }
+    }
+    // A rule or a route can't stand twice.
+    for line in wanted {
+        if is_iptables(&line) || !ours.contains(&line) {
+            ours.push(line);
+        }
+    }
+    for line in &ours {
+        expected.doubtful.remove(line);
+    }
+    expected.ours = sorted(ours);
+}
+
+/// Whether the kernel's entries tell that a table is this uplink's: its chain sets a mark, and a rule
+/// sends that mark to the table. Two that have had the mark one after the other can't be told apart.
+fn tells(ours: &[String], name: &str, table_of: &str) -> bool {
+    let rules = ours
+        .iter()
+        .filter(|line| line.starts_with("rule ") && table(line) == table_of);
+    let marks: BTreeSet<&str> = rules.filter_map(|line| value(line, "fwmark")).collect();
+    // A rule is listed without a mask in which all bits count.
+    let mark = |line| Some(value(line, "--set-xmark")?.trim_end_matches("/0xffffffff"));
+    let mut owners: Vec<&str> = ours
+        .iter()
+        .filter(|line| mark(line).is_some_and(|mark| marks.contains(mark)))
+        .filter_map(|line| owner(line))
+        .collect();
+    owners.dedup();
+    owners == [name]
+}
+
+/// The forwards that an uplink may have, as they are configured and as they stand in its chain.
+pub const FORWARDS: [(&str, &[&str]); 4] = [
+    (
+        r#"{ port = 80, to = "192.168.0.2" }"#,
+        &["-p tcp -m tcp --dport 80 -j DNAT --to-destination 192.168.0.2"],
+    ),
+    (
+        r#"{ port = 2222, to = "192.168.0.2:22", from = ["192.0.2.77", "198.51.100.0/24"] }"#,
+        &[
+            "-s 192.0.2.77/32 -p tcp -m tcp --dport 2222 -j DNAT --to-destination 192.168.0.2:22",
+            "-s 198.51.100.0/24 -p tcp -m tcp --dport 2222 -j DNAT --to-destination 192.168.0.2:22",
+        ],
+    ),
+    (
+        r#"{ proto = ["tcp", "udp"], port = "27015-27030", to = "192.168.0.3" }"#,
+        &[
+            "-p tcp -m tcp --dport 27015:27030 -j DNAT --to-destination 192.168.0.3",
+            "-p udp -m udp --dport 27015:27030 -j DNAT --to-destination 192.168.0.3",
+        ],
+    ),
+    (
+        r#"{ proto = "esp", to = "192.168.0.4" }"#,
+        &["-p esp -j DNAT --to-destination 192.168.0.4"],
+    ),
+];
+
+/// The entries of an uplink whose link is up, or about to be.
+fn entries(config: &Config, uplink: &Uplink, link: &Link, address: Ipv4Addr) -> Vec<String> {
+    let Uplink {
+        name, interface, ..
+    } = uplink;
+    let lans = || LANS.into_iter().take(config.lans);
+    let networks = || NETWORKS.into_iter().take(config.networks);
+    let mine = format!("-m comment --comment mh-{name}");
+    let mut lines = Vec::new();
+    let mut add = |line: String| lines.push(line);
+    if let Some(table) = uplink.table {
+        let [local, by_mark, source, pin] = [0, 1, 2, 3].map(|place| config.priority + place);
+        let (value, mask) = (uplink.mark.unwrap_or(table), config.mask);
+        // All tools leave out a mask in which all bits count, but where a mark is set.
+        let matched = |value: u32| match mask {
+            u32::MAX => format!("{value:#x}"),
+            mask => format!("{value:#x}/{mask:#x}"),
+        };
+        let mark = matched(value);
+        if link.up {
+            add(format!(
+                "route default dev {interface} table {table} proto 109 scope link"
+            ));
+        }
+        add(format!(
+            "route unreachable default table {table} proto 109 metric 4278198272"
+        ));
+        let to_lan = "lookup main suppress_prefixlength 0 proto 109";
+        add(format!("rule {local}:\tfrom {address} {to_lan}"));
+        add(format!(
+            "rule {source}:\tfrom {address} lookup {table} proto 109"
+        ));
+        for lan in lans() {
+            add(format!(
+                "rule {by_mark}:\tfrom all fwmark {mark} iif {lan} lookup {table} proto 109"
+            ));
+            for from in PINS.into_iter().take(uplink.pins) {
+                add(format!("rule {local}:\tfrom {from} iif {lan} {to_lan}"));
+                add(format!(
+                    "rule {pin}:\tfrom {from} iif {lan} lookup {table} proto 109"
+                ));
+            }
+            add(format!(
+                "mangle -A PREROUTING -i {lan} -m connmark --mark {mark} {mine} -j CONNMARK --restore-mark \
+                 --nfmask {mask:#x} --ctmask {mask:#x}"
+            ));
+        }
+        add(format!("mangle :mh-{name} -"));
+        let unmarked = matched(0);
+        add(format!(
+            "mangle -A mh-{name} -m connmark --mark {unmarked} -j CONNMARK --set-xmark {value:#x}/{mask:#x}"
+        ));
+        add(format!("mangle -A PREROUTING -i {interface} -j mh-{name}"));
+    }
+    if uplink.forwards > 0 {
+        add(format!("nat :mh-{name} -"));
+        let forwards = FORWARDS.iter().take(uplink.forwards);
+        for rule in forwards.flat_map(|(_, rules)| *rules) {
+            add(format!("nat -A mh-{name} {rule}"));
+        }
+        add(format!("nat -A PREROUTING -i {interface} -j mh-{name}"));
+        let dnat = "-m conntrack --ctstate DNAT";
+        if uplink.accept_forward {
+            for way in ["-i", "-o"] {
+                add(format!(
+                    "filter -A FORWARD {way} {interface} {dnat} {mine} -j ACCEPT"
+                ));
+            }
+        }
+        for lan in lans().filter(|_| uplink.hairpin) {
+            add(format!(
+                "nat -A PREROUTING -d {address}/32 -i {lan} -j mh-{name}"
+            ));
+            for network in networks() {
+                add(format!(
+                    "nat -A POSTROUTING -s {network} -o {lan} {dnat} --ctorigdst {address} {mine} -j MASQUERADE"
+                ));
+            }
+            if uplink.accept_forward {
+                add(format!(
+                    "filter -A FORWARD -i {lan} {dnat} --ctorigdst {address} {mine} -j ACCEPT"
+                ));
+            }
+        }
+    }
+    for network in networks().filter(|_| uplink.masquerade) {
+        add(format!(
+            "nat -A POSTROUTING -s {network} -o {interface} {mine} -j MASQUERADE"
+        ));
+    }
+    if uplink.clamp_mss {
+        let syn = format!("-p tcp -m tcp --tcp-flags SYN,RST SYN {mine} -j TCPMSS");
+        let size = link.mtu - 40;
+        add(format!(
+            "mangle -A FORWARD -i {interface} {syn} --set-mss {size}"
+        ));
+        add(format!(
+            "mangle -A FORWARD -o {interface} {syn} --clamp-mss-to-pmtu"
+        ));
+    }
+    lines
+}
