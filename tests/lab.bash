@@ -404,6 +404,8 @@ lab_reap() {
     if ((status == 0)); then
         passed=$((passed + 1))
         echo "ok ${running[$pid]}"
+        # What a test has counted or measured.
+        sed -n 's/^figure: /    /p' "$LAB_DIR/${running[$pid]/ /.}"
     else
         failed=$((failed + 1))
         echo "FAIL ${running[$pid]} (exit status $status)"
