@@ -108,9 +108,8 @@ pub fn parts(
 /// What is left when an interface goes down while there is no configuration to say whose it is:
 /// all but the entries of the uplinks whose entries name it, and of tables with routes by it.
 pub fn without_interface(interface: &IfName, observed: &State) -> State {
-    let mut tables = tables(None, observed);
+    let tables = tables(None, observed);
     let names = bound_to(interface, observed);
-    tables.retain(|_, name| names.contains(name));
     let mut gone = share(&names, &tables, observed);
     let unclaimed = tables_by(interface, observed)
         .filter(|table| !tables.contains_key(table))
@@ -139,9 +138,8 @@ fn share(
 }
 
 /// Which uplink the entries in a routing table belong to. The configuration comes first; for a
-/// table that it does not name, the kernel tells: a route in a table names the interface of an uplink's
-/// jump; or, where the link has taken its route along, the chain of an uplink sets a mark, and a rule
-/// sends that mark to a table.
+/// table that it does not name, the kernel tells: the chain of an uplink sets a mark, a rule sends
+/// that mark to a table, and a route in a table names the interface of an uplink's jump.
 fn tables(config: Option<&Config>, state: &State) -> BTreeMap<TableId, UplinkName> {
     let mut tables = BTreeMap::new();
     for (name, uplink) in config.iter().flat_map(|config| &config.uplinks) {
@@ -151,13 +149,6 @@ fn tables(config: Option<&Config>, state: &State) -> BTreeMap<TableId, UplinkNam
                 .iter()
                 .map(|routing| (routing.table, name.clone())),
         );
-    }
-    for ((_, uplink), share) in &state.tables {
-        for interface in interfaces(share) {
-            for table in tables_by(&interface, state) {
-                tables.entry(table).or_insert_with(|| uplink.clone());
-            }
-        }
     }
     for ((_, uplink), share) in &state.tables {
         let marks: Vec<FwMark> = share
@@ -172,6 +163,13 @@ fn tables(config: Option<&Config>, state: &State) -> BTreeMap<TableId, UplinkNam
             .filter(|rule| rule.fwmark.is_some_and(|mark| marks.contains(&mark)));
         for table in marked.map(|rule| rule.table) {
             tables.entry(table).or_insert_with(|| uplink.clone());
+        }
+    }
+    for ((_, uplink), share) in &state.tables {
+        for interface in interfaces(share) {
+            for table in tables_by(&interface, state) {
+                tables.entry(table).or_insert_with(|| uplink.clone());
+            }
         }
     }
     tables

@@ -292,8 +292,9 @@ impl Request {
             _ if link.up => Running::Yes,
             Self::Event(Event {
                 direction: Direction::PreUp,
+                interface: about_to_be,
                 ..
-            }) => Running::NotYet,
+            }) if about_to_be == interface => Running::NotYet,
             _ => return Ok(None),
         };
         // What stands is kept, where a link has several addresses and nobody says which.
