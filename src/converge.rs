@@ -1,7 +1,7 @@
 //! Turns the wheel: observe, look at the links, plan, apply, and look again, until the kernel holds
 //! what it should. A call is only a trigger; under the lock the kernel is the truth.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Write, stdout};
 use std::net::Ipv4Addr;
@@ -75,10 +75,10 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
     // What stood before the first change of which connections may be left behind.
     let mut before: Option<State> = None;
     for round in 0..ROUNDS {
-        let (observed, mtus) = observe(&tools)
+        let observed = observe(&tools)
             .map_err(|error| all(&total.errors, Some(error)))
             .with_context(named)?;
-        let Some(looks) = look(request, config, &observed, &mtus)? else {
+        let Some(looks) = look(request, config, &observed)? else {
             return Ok(());
         };
         let wanted = wanted(request, config, &observed, &looks);
@@ -142,7 +142,7 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
                 return Err(all(&outcome.errors, None)).with_context(named);
             }
         }
-        let now = look(request, config, &observed, &mtus)?;
+        let now = look(request, config, &observed)?;
         if now.is_some_and(|now| places(&now) == places(&looks)) {
             summary(request, &looks, &total, started);
             return Ok(());
@@ -158,14 +158,9 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
 
 /// The uplinks in question, with their links as they are now; none where there is nothing to do:
 /// without a configuration entries can only be removed, and not while the interface is up.
-fn look(
-    request: &Request,
-    config: Option<&Config>,
-    observed: &State,
-    mtus: &BTreeMap<IfName, u32>,
-) -> Result<Option<Looks>> {
+fn look(request: &Request, config: Option<&Config>, observed: &State) -> Result<Option<Looks>> {
     if let Some(config) = config {
-        return request.look(config, observed, mtus).map(Some);
+        return request.look(config, observed).map(Some);
     }
     let Some(interface) = request.interface() else {
         return Ok(None);

@@ -1,18 +1,17 @@
 //! The language of `ip`, both directions: listing to state, state to `ip -batch` lines.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result};
 
-use crate::state::{FwMark, IfName, PROTOCOL, Route, RouteRule, TableId};
+use crate::state::{FwMark, PROTOCOL, Route, RouteRule, TableId};
 
-/// What asks for all of ours at once, and for the links' MTUs, for `ip -4 -N -batch -`. In a batch
-/// a table that does not exist is an empty answer; alone it would be an error. The last answer tells
-/// that the others have come whole: every network namespace has lo, and it is its first link.
-pub const QUESTIONS: &str =
-    "rule show\nroute show table all protocol 109\nlink show\nlink show dev lo\n";
+/// What asks for all of ours at once, for `ip -4 -N -batch -`. In a batch a table that does not exist
+/// is an empty answer; alone it would be an error. The last answer tells that the others have come
+/// whole: every network namespace has lo, and it is its first link.
+pub const QUESTIONS: &str = "rule show\nroute show table all protocol 109\nlink show dev lo\n";
 
 /// The answers to [`QUESTIONS`].
 #[derive(Debug, Default)]
@@ -21,8 +20,6 @@ pub struct Listing {
     pub routes: BTreeSet<Route>,
     /// Our rules.
     pub rules: BTreeSet<RouteRule>,
-    /// Each link's MTU in bytes, of those whose names we take.
-    pub mtus: BTreeMap<IfName, u32>,
 }
 
 /// What asks for everybody's rules and routes, for [`survey`].
@@ -151,14 +148,14 @@ pub fn way(text: &str) -> Result<Way> {
 /// An answer that is not of the form that iproute2 prints.
 pub fn parse(text: &str) -> Result<Listing> {
     let mut listing = Listing::default();
-    let mut last = "";
+    let mut is_whole = false;
     // An indented line goes on about what the line above it names.
     for line in text
         .lines()
         .filter(|line| !line.is_empty() && !line.starts_with([' ', '\t']))
     {
         let context = || format!("read what ip lists: {line:?}");
-        // `98:<tab>from …` is a rule, `2: ppp0: <…> mtu 1492 …` a link; a route starts with its
+        // `98:<tab>from …` is a rule, `1: lo: <…> …` the last link; a route starts with its
         // destination or kind.
         if let Some((priority, rest)) = line.split_once(":\t") {
             // Others' rules may be of a form that we never write.
@@ -167,26 +164,14 @@ pub fn parse(text: &str) -> Result<Listing> {
                     .rules
                     .insert(route_rule(priority, rest).with_context(context)?);
             }
-        } else if let Some((number, rest)) = line.split_once(": ") {
-            last = number;
-            listing.mtus.extend(mtu(rest));
+        } else if line.starts_with("1: lo: ") {
+            is_whole = true;
         } else {
             listing.routes.insert(route(line).with_context(context)?);
         }
     }
-    let is_whole = last == "1" && text.matches("1: lo: ").count() > 1;
     anyhow::ensure!(is_whole, "ip's listing is cut short");
     Ok(listing)
-}
-
-/// `ppp0: <POINTOPOINT,…> mtu 1492 qdisc …`, `eth1.10@eth1: <…> mtu 1500 …`; names that we don't take
-/// are none of ours.
-fn mtu(text: &str) -> Option<(IfName, u32)> {
-    let (name, rest) = text.split_once(": ")?;
-    let mut words = rest.split_ascii_whitespace();
-    words.find(|word| *word == "mtu")?;
-    let name = IfName::parse(name.split('@').next()?).ok()?;
-    Some((name, words.next()?.parse().ok()?))
 }
 
 /// `from 203.0.113.10 lookup 254 suppress_prefixlength 0 proto 109`

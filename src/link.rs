@@ -9,9 +9,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use nix::ifaddrs::getifaddrs;
-use nix::net::if_::InterfaceFlags;
 
+use crate::netlink;
 use crate::state::IfName;
 
 /// How long a link may take from pppd's `ip-pre-up` until it is up: other hooks run there, too.
@@ -23,8 +22,12 @@ pub struct Link {
     /// `IFF_UP`: pppd sets it when IPCP is through and clears it when the link ends (`sifup`,
     /// `sifdown` in pppd's sys-linux.c).
     pub up: bool,
+    /// Its MTU, in bytes, where the kernel tells.
+    pub mtu: Option<u32>,
     /// Its IPv4 addresses, in the kernel's order.
     pub addresses: Vec<Ipv4Addr>,
+    /// For how long it has had each of them.
+    pub ages: Vec<Duration>,
 }
 
 impl Link {
@@ -33,21 +36,23 @@ impl Link {
     /// # Errors
     /// The kernel can't be asked.
     pub fn all() -> Result<BTreeMap<String, Self>> {
-        let mut links: BTreeMap<String, Self> = BTreeMap::new();
-        for entry in getifaddrs().context("list interfaces (getifaddrs)")? {
-            // An address carries its label, which can be NAME:ALIAS (ip-address(8), label).
-            let name = entry.interface_name.split(':').next().unwrap_or_default();
-            let link = links.entry(name.to_owned()).or_default();
-            link.up |= entry.flags.contains(InterfaceFlags::IFF_UP);
-            if let Some(address) = entry
-                .address
-                .as_ref()
-                .and_then(|address| address.as_sockaddr_in())
-            {
-                link.addresses.push(address.ip());
-            }
-        }
-        Ok(links)
+        // The addresses first: one of an interface that has gone meanwhile has no place then.
+        let addresses = netlink::addresses()?;
+        let links = netlink::interfaces()?.into_iter().map(|interface| {
+            let own = || {
+                let mut own = addresses.iter();
+                let is_own = move |address: &&netlink::Address| address.index == interface.index;
+                std::iter::from_fn(move || own.find(is_own))
+            };
+            let link = Self {
+                up: interface.up,
+                mtu: interface.mtu,
+                addresses: own().map(|address| address.address).collect(),
+                ages: own().map(|address| address.age).collect(),
+            };
+            (interface.name, link)
+        });
+        Ok(links.collect())
     }
 
     /// The interface as it is, or none.
@@ -56,6 +61,12 @@ impl Link {
     /// The kernel can't be asked.
     pub fn read(interface: &IfName) -> Result<Option<Self>> {
         Ok(Self::all()?.remove(interface.as_str()))
+    }
+
+    /// For how long it has had an address.
+    pub fn age(&self, address: Ipv4Addr) -> Option<Duration> {
+        let mut both = self.addresses.iter().zip(&self.ages);
+        both.find(|(own, _)| **own == address).map(|(_, age)| *age)
     }
 
     /// Waits until the interface is up, for a while.

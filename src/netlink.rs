@@ -1,7 +1,6 @@
-//! What the kernel tells without a process of its own (netlink(7)): when each address was added, which
+//! What the kernel tells without a process of its own (netlink(7)): interfaces and addresses, with what
 //! getifaddrs(3) leaves out; whether nf_tables has tables of iptables.
 
-use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -23,14 +22,22 @@ const NLMSG_DONE: u16 = 3;
 const HEADER: usize = 16;
 
 // linux/rtnetlink.h
+const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_GETADDR: u16 = 22;
+
+// linux/if.h, if_link.h
+const IFF_UP: u32 = 1;
+/// The bytes of an `ifinfomsg`: family, type, index, flags, change.
+const INTERFACE: usize = 16;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
 
 // linux/if_addr.h
 /// The bytes of an `ifaddrmsg`: family, prefix length, flags, scope, the link's index.
 const ADDRESS: usize = 8;
 const IFA_LOCAL: u16 = 2;
-const IFA_LABEL: u16 = 3;
 const IFA_CACHEINFO: u16 = 6;
 
 // linux/netfilter/nfnetlink.h, nf_tables.h: the subsystem in the upper byte
@@ -46,28 +53,60 @@ const BUFFER: usize = 32 << 10;
 /// The most that the kernel may let us wait, in seconds: it answers while it is asked.
 const PATIENCE: i64 = 5;
 
-/// How long ago each IPv4 address was added to its interface.
+/// An interface.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its number.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Whether it is up (`IFF_UP`, linux/if.h).
+    pub up: bool,
+    /// Its MTU, in bytes.
+    pub mtu: Option<u32>,
+}
+
+/// An IPv4 address of an interface.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Address {
+    /// The interface's number. The label, which getifaddrs(3) gives for its name, can be that of another.
+    pub index: u32,
+    /// The address.
+    pub address: Ipv4Addr,
+    /// How long ago it was added.
+    pub age: Duration,
+}
+
+/// All interfaces.
 ///
 /// # Errors
 /// The kernel can't be asked, or refuses.
-pub fn ages() -> Result<BTreeMap<(String, Ipv4Addr), Duration>> {
-    let asked = || "ask for the addresses' ages (netlink)";
-    let mut ages = BTreeMap::new();
-    dump(
-        SockProtocol::NetlinkRoute,
-        RTM_GETADDR,
-        ADDRESS,
-        |kind, body| {
-            // What the kernel stamps is its ticks, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
-            let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
-            if kind == RTM_NEWADDR {
-                ages.extend(address(body).map(|(key, stamp)| (key, age(now, stamp))));
-            }
-            Ok(())
-        },
-    )
-    .with_context(asked)?;
-    Ok(ages)
+pub fn interfaces() -> Result<Vec<Interface>> {
+    let mut interfaces = Vec::new();
+    let protocol = SockProtocol::NetlinkRoute;
+    dump(protocol, RTM_GETLINK, INTERFACE, |kind, body| {
+        interfaces.extend(interface(body).filter(|_| kind == RTM_NEWLINK));
+        Ok(())
+    })
+    .context("ask for the interfaces (netlink)")?;
+    Ok(interfaces)
+}
+
+/// All IPv4 addresses, in the kernel's order.
+///
+/// # Errors
+/// The kernel can't be asked, or refuses.
+pub fn addresses() -> Result<Vec<Address>> {
+    let mut addresses = Vec::new();
+    let protocol = SockProtocol::NetlinkRoute;
+    dump(protocol, RTM_GETADDR, ADDRESS, |kind, body| {
+        // What the kernel stamps is its ticks, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
+        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
+        addresses.extend(address(body, now).filter(|_| kind == RTM_NEWADDR));
+        Ok(())
+    })
+    .context("ask for the addresses (netlink)")?;
+    Ok(addresses)
 }
 
 /// Whether iptables-nft may have rules: whether nf_tables has one of the tables that it makes.
@@ -153,16 +192,28 @@ fn message<'a>(rest: &mut &'a [u8]) -> Option<(u16, &'a [u8])> {
     Some((kind, body))
 }
 
-/// An address with its interface, and when it was added, in hundredths of a second since the start.
-fn address(body: &[u8]) -> Option<((String, Ipv4Addr), u32)> {
+fn interface(body: &[u8]) -> Option<Interface> {
+    let attributes = body.get(INTERFACE..)?;
+    let name = attribute(attributes, IFLA_IFNAME)?;
+    let name = name.strip_suffix(b"\0").unwrap_or(name);
+    Some(Interface {
+        index: u32_at(body, 4)?,
+        name: String::from_utf8_lossy(name).into_owned(),
+        up: u32_at(body, 8)? & IFF_UP != 0,
+        mtu: attribute(attributes, IFLA_MTU).and_then(|mtu| u32_at(mtu, 0)),
+    })
+}
+
+fn address(body: &[u8], now: Duration) -> Option<Address> {
     let attributes = body.get(ADDRESS..)?;
     let local = <[u8; 4]>::try_from(attribute(attributes, IFA_LOCAL)?).ok()?;
-    // NAME or NAME:ALIAS (ip-address(8), label), and a zero.
-    let label = String::from_utf8_lossy(attribute(attributes, IFA_LABEL)?);
-    let name = label.split([':', '\0']).next()?.to_owned();
-    // Preferred and valid for how long, added and changed when.
+    // Preferred and valid for how long, added and changed when: in hundredths of a second since the start.
     let stamp = u32_at(attribute(attributes, IFA_CACHEINFO)?, 8)?;
-    Some(((name, local.into()), stamp))
+    Some(Address {
+        index: u32_at(body, 4)?,
+        address: local.into(),
+        age: age(now, stamp),
+    })
 }
 
 /// The stamp has 32 bits, and starts anew after 497 days.
@@ -211,8 +262,11 @@ mod tests {
             (RTM_GETADDR, ADDRESS, 0)
         );
         // An attribute that is longer than the message.
-        assert_eq!(address(&[0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 2, 0, 1]), None);
+        assert_eq!(
+            address(&[0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 2, 0, 1], Duration::ZERO),
+            None
+        );
         // An attribute without a length must end the walk.
-        assert_eq!(address(&[0; 16]), None);
+        assert_eq!(address(&[0; 16], Duration::ZERO), None);
     }
 }

@@ -1,6 +1,6 @@
 //! What stands in the kernel of ours, asked of the tools: two processes, whatever there is.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -8,19 +8,15 @@ use anyhow::Result;
 
 use crate::command::{Backend, Tools};
 use crate::ip::Listing;
-use crate::state::{IfName, Loose, State, Table};
+use crate::state::{Loose, State, Table};
 use crate::{claim, ip, iptables, link, netlink};
 
-/// All entries of ours, and the links' MTUs in bytes.
+/// All entries of ours.
 ///
 /// # Errors
 /// A tool can't be run or fails, or says what can't be read.
-pub fn observe(tools: &Tools) -> Result<(State, BTreeMap<IfName, u32>)> {
-    let Listing {
-        routes,
-        rules,
-        mtus,
-    } = ip::parse(&tools.ip_list(ip::QUESTIONS)?)?;
+pub fn observe(tools: &Tools) -> Result<State> {
+    let Listing { routes, rules } = ip::parse(&tools.ip_list(ip::QUESTIONS)?)?;
     let tables = iptables::parse(&tools.iptables_save()?)?;
     let mut loose = BTreeSet::new();
     for ((table, uplink), share) in &tables {
@@ -41,13 +37,12 @@ pub fn observe(tools: &Tools) -> Result<(State, BTreeMap<IfName, u32>)> {
             });
         }
     }
-    let state = State {
+    Ok(State {
         routes,
         rules,
         tables,
         loose,
-    };
-    Ok((state, mtus))
+    })
 }
 
 /// What stands of ours in one backend of iptables, by its tools.

@@ -1,6 +1,6 @@
 //! What is asked, and a look at the links in question.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::Ipv4Addr;
 
@@ -134,12 +134,7 @@ impl Request {
     /// # Errors
     /// By hand, a link that is not up or has no address, or that may be one of several; any address
     /// that can't be an uplink's.
-    pub fn look(
-        &self,
-        config: &Config,
-        observed: &State,
-        mtus: &BTreeMap<IfName, u32>,
-    ) -> Result<Looks> {
+    pub fn look(&self, config: &Config, observed: &State) -> Result<Looks> {
         let mut chosen: BTreeSet<UplinkName> = self.named(config)?.into_iter().cloned().collect();
         let mut names = chosen.clone();
         let mut binds = false;
@@ -180,15 +175,12 @@ impl Request {
                 (true, false) => Binds::ToAnother,
             };
             let interface = self.place(name, uplink, binds, observed);
-            let mut link = match interface {
+            let link = match interface {
                 Some(interface) => self
                     .addressed(&interface, uplink, config, observed)
                     .with_context(|| name.to_string())?,
                 None => None,
             };
-            if let Some(link) = &mut link {
-                link.mtu = mtus.get(&link.interface).copied();
-            }
             looks.insert(name.clone(), link);
         }
         Ok(looks)
@@ -322,7 +314,7 @@ impl Request {
             address,
             addresses: link.addresses,
             running,
-            mtu: None,
+            mtu: link.mtu,
             strict,
         }))
     }

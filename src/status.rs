@@ -12,7 +12,6 @@ use crate::claim::{self, Addressed, Part};
 use crate::config::{self, Config, Protocol, Uplink};
 use crate::conntrack::Flow;
 use crate::desired::dnat;
-use crate::netlink;
 use crate::plan::{Change, plan};
 use crate::report::{Report, Style, Tone, align};
 use crate::ruleset::Ruleset;
@@ -109,15 +108,15 @@ struct Counter {
 pub fn status(system: &System, config: &Config, name: Option<&UplinkName>) -> Result<Status> {
     let (looks, _) = system.aim(config)?;
     let (parts, orphans) = claim::parts(config, &system.observed, &looks);
-    let ages = netlink::ages()?;
     let mut uplinks = Vec::new();
     for (of, part) in &parts {
         let uplink = &config.uplinks[of];
         if name.is_none_or(|name| name == of) {
             let link = looks.get(of).and_then(Option::as_ref);
-            let age = link
-                .map(|link| (link.interface.to_string(), link.address))
-                .and_then(|key| ages.get(&key));
+            let age = link.and_then(|link| {
+                let there = system.links.get(link.interface.as_str())?;
+                there.age(link.address)
+            });
             uplinks.push(uplink_status(system, of, uplink, link, age, part));
         }
     }
@@ -138,7 +137,7 @@ fn uplink_status(
     name: &UplinkName,
     uplink: &Uplink,
     link: Option<&Addressed>,
-    age: Option<&Duration>,
+    age: Option<Duration>,
     part: &Part,
 ) -> UplinkStatus {
     let interface = link
@@ -164,7 +163,7 @@ fn uplink_status(
         interface: interface.map(|interface| interface.to_string()),
         link: state,
         address,
-        up_seconds: age.map(Duration::as_secs),
+        up_seconds: age.map(|age| age.as_secs()),
         table: uplink.routing.as_ref().map(|routing| routing.table.0),
         mark: mark.map(|mark| mark.value),
         marked: mark.zip(flows).map(|(mark, flows)| {

@@ -18,7 +18,7 @@ use crate::observed::{self, observe};
 use crate::privilege::drop_all_but_needed;
 use crate::request::Request;
 use crate::ruleset::Ruleset;
-use crate::state::{IfName, State};
+use crate::state::State;
 
 /// How long looking may take.
 const LIMIT: Duration = Duration::from_secs(28);
@@ -30,8 +30,6 @@ pub struct System {
     pub tools: Tools,
     /// The entries of ours.
     pub observed: State,
-    /// Each link's MTU in bytes, of those whose names we take.
-    pub mtus: BTreeMap<IfName, u32>,
     /// Everybody's rules and routes.
     pub survey: Survey,
     /// The interfaces, by name.
@@ -56,7 +54,7 @@ impl System {
         );
         let tools = Tools::find(Instant::now() + LIMIT)?;
         drop_all_but_needed(tools.backend);
-        let (observed, mtus) = observe(&tools)?;
+        let observed = observe(&tools)?;
         let survey = ip::survey(&tools.ip_list(ip::SURVEY)?);
         let mut rulesets = vec![(tools.backend, Ruleset::parse(&tools.iptables_counters()?))];
         if let Some(other) = tools
@@ -73,7 +71,6 @@ impl System {
             .map(|listing| conntrack::parse(&listing));
         Ok(Self {
             observed,
-            mtus,
             survey,
             links: Link::all()?,
             rulesets,
@@ -88,7 +85,7 @@ impl System {
     /// # Errors
     /// An address that can't be an uplink's; the kernel can't be asked.
     pub fn aim(&self, config: &Config) -> Result<(Looks, State)> {
-        let looks = Request::Sync.look(config, &self.observed, &self.mtus)?;
+        let looks = Request::Sync.look(config, &self.observed)?;
         let wanted = claim::wanted(config, &self.observed, &looks);
         Ok((looks, wanted))
     }

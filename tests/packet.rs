@@ -49,6 +49,7 @@ fn walk(table: &str, rules: &[&str], turn: Turn) -> (Passage, Packet, Connection
     let router = Link {
         up: true,
         addresses: vec!["192.168.0.1".parse().expect("an address")],
+        ..Link::default()
     };
     let links = BTreeMap::from([("eth1".to_owned(), router)]);
     let ground = Ground {
