@@ -17,13 +17,13 @@ redial() {
 
 # sizes: how much of everything there is.
 sizes() {
-    echo "rules $(ip rule | wc -l)"
-    echo "routes $(ip route show table all | wc -l)"
+    echo "rules $(ip -4 rule | wc -l)"
+    echo "routes $(ip -4 route show table all | wc -l)"
     echo "chains $(iptables-save | grep -c '^:.* -')"
     echo "entries $(iptables-save | grep -c '^-A')"
     echo "connections $(conntrack -L 2>/dev/null | wc -l)"
     echo "files in /run: $(find /run -path /run/lab -prune -o -printf '%p %s ')"
-    echo "processes $(pgrep -c 'mh-hook|conntrack' || true)"
+    echo "processes $(pgrep -c "mh-hook|conntra" || true)"
 }
 
 # memory: the most that a call needs, in KiB, of ten redials.
