@@ -1,0 +1,502 @@
+//! What must hold for any input, target by target: a panic is a finding. The targets of cargo-fuzz look for input that
+//! breaks it; tests/corpus.rs asks it of all that they have kept.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt::Write;
+use std::net::Ipv4Addr;
+use std::os::unix::ffi::OsStringExt;
+
+use mh_hook::claim::{Addressed, Running};
+use mh_hook::command::Backend;
+use mh_hook::config::{Config, place};
+use mh_hook::conntrack::{self, Flow, Tuple};
+use mh_hook::desired::{Up, desired};
+use mh_hook::event::{self, Direction, Event};
+use mh_hook::explain::Question;
+use mh_hook::link::Link;
+use mh_hook::packet::{Connection, Ground, Hook, Packet, Turn};
+use mh_hook::plan::{Step, plan};
+use mh_hook::request::Request;
+use mh_hook::ruleset::Ruleset;
+use mh_hook::state::{IfName, RouteRule, Share, State, Table, TableId, UplinkName, check_local};
+use mh_hook::{ip as route, iptables as tables, log};
+
+/// A configuration file: refused with places within the text, or its entries are read back as they were written.
+pub fn config(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else {
+        return;
+    };
+    let config = match Config::parse(text) {
+        Ok(config) => config,
+        Err(problems) => {
+            assert!(!problems.is_empty(), "refused without a word");
+            let lines = text.matches('\n').count() + 1;
+            let mut last = (1, 1);
+            for problem in problems {
+                let span = problem.span;
+                assert!(span.start <= span.end && span.end <= text.len(), "{span:?}");
+                assert!(text.is_char_boundary(span.start), "{span:?}");
+                let at = place(text, span.start);
+                assert!(at >= last && at.0 <= lines, "{at:?} behind {last:?}");
+                assert!(!problem.message.is_empty());
+                last = at;
+            }
+            return;
+        }
+    };
+    let mut all = State::default();
+    for (name, uplink) in &config.uplinks {
+        let address = Ipv4Addr::new(203, 0, 113, 10);
+        let interface = uplink.identity.interface.clone();
+        for running in [Running::Yes, Running::NotYet] {
+            let link = Addressed {
+                interface: interface.clone().unwrap_or_else(ppp0),
+                address,
+                addresses: vec![address],
+                running,
+                mtu: Some(1492),
+                strict: Some(1),
+            };
+            let up = Up {
+                name,
+                uplink,
+                link: &link,
+            };
+            all.merge(desired(&config, &up));
+        }
+    }
+    let steps = plan(&State::default(), &all);
+    literal(&steps);
+    assert_eq!(plan(&all, &all), []);
+    assert_eq!(
+        tables::parse(&save(&all)).expect("our own rules"),
+        all.tables
+    );
+    for name in config.uplinks.keys() {
+        for forward in &config.uplinks[name].forwards {
+            for spec in mh_hook::desired::dnat(forward) {
+                assert!(tables::dnat(&spec).is_some(), "{spec:?}");
+            }
+        }
+    }
+}
+
+fn ppp0() -> IfName {
+    IfName::parse("ppp0").expect("a name")
+}
+
+/// What iptables-save prints: ours is read back as it stands, whatever is beside it, and packets find their way to an
+/// end through all of it.
+pub fn iptables(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    for line in text.lines() {
+        if let Ok(words) = tables::words(line) {
+            let again = tables::words(&tables::join(&words)).expect("what was joined");
+            assert_eq!(words, again);
+        }
+    }
+    if let Ok(tables) = tables::parse(&text) {
+        let state = State {
+            tables,
+            ..State::default()
+        };
+        assert_eq!(plan(&state, &state), []);
+        let steps = plan(&state, &State::default());
+        literal(&steps);
+        // A kernel declares its chains ahead of their rules; where that is not so, a rule of a chain is somebody's entry.
+        let mut entries = state.tables.values().flat_map(|share| &share.entries);
+        if entries.all(|(chain, _)| UplinkName::from_chain(chain).is_none()) {
+            assert_eq!(
+                tables::parse(&save(&state)).expect("our own rules"),
+                state.tables
+            );
+        }
+        for spec in state.tables.values().flat_map(specs) {
+            let _ = (
+                tables::connmark(spec),
+                tables::dnat(spec),
+                tables::interface(spec),
+            );
+            let _ = tables::parse_loose_note(spec);
+        }
+    }
+    walk(&text);
+    walk(&text.replace("\n-A ", "\n[3:180] -A "));
+}
+
+fn specs(share: &Share) -> impl Iterator<Item = &mh_hook::state::Rulespec> {
+    let entries = share.entries.iter().map(|(_, spec)| spec);
+    share.chain.iter().flatten().chain(entries)
+}
+
+/// The most rules that a packet meets in the listings that are walked.
+const MOST: u64 = 10_000;
+
+/// How many rules a packet can meet in a chain: chains that call each other several times each make many of few.
+fn length(
+    ruleset: &Ruleset,
+    table: &str,
+    chain: &str,
+    depth: usize,
+    known: &mut BTreeMap<(String, usize), u64>,
+) -> u64 {
+    let key = (chain.to_owned(), depth);
+    if let Some(length) = known.get(&key) {
+        return *length;
+    }
+    let rules = ruleset.chain(table, chain).filter(|_| depth < 33);
+    let rules = rules.into_iter().flat_map(|chain| &chain.rules);
+    let mut sum: u64 = 1;
+    for rule in rules {
+        for target in rule.value("-j").into_iter().chain(rule.value("-g")) {
+            sum = sum.saturating_add(length(ruleset, table, target, depth + 1, known));
+        }
+    }
+    known.insert(key, sum);
+    sum
+}
+
+fn walk(text: &str) {
+    let ruleset = Ruleset::parse(text);
+    for (table, chains) in &ruleset.tables {
+        let mut known = BTreeMap::new();
+        if chains
+            .keys()
+            .any(|chain| length(&ruleset, table, chain, 0, &mut known) > MOST)
+        {
+            return;
+        }
+    }
+    let rulesets = [(Backend::Legacy, ruleset)];
+    let address = Ipv4Addr::new(203, 0, 113, 10);
+    let link = Link {
+        up: true,
+        addresses: vec![address],
+        ..Link::default()
+    };
+    let links = BTreeMap::from([("ppp0".to_owned(), link)]);
+    let ground = Ground {
+        rulesets: &rulesets,
+        links: &links,
+        assumed: None,
+    };
+    let tuple = Tuple {
+        source: Ipv4Addr::new(192, 0, 2, 9),
+        destination: address,
+        ports: Some((50000, 80)),
+    };
+    for turn in [Turn::First, Turn::Reply, Turn::Later] {
+        let mut packet = Packet {
+            iif: Some("ppp0".into()),
+            oif: None,
+            tuple,
+            mark: 0,
+            turn,
+        };
+        let mut connection = Connection {
+            protocol: 6,
+            original: tuple,
+            is_dnat: false,
+            is_snat: false,
+            is_untracked: false,
+            mark: 0,
+        };
+        for hook in [
+            Hook::Prerouting,
+            Hook::Forward,
+            Hook::Postrouting,
+            Hook::Input,
+            Hook::Output,
+        ] {
+            let passage = ground.pass(hook, &mut packet, &mut connection);
+            for place in passage.stopped.iter().chain(&passage.doubts) {
+                let _ = (place.deletion(), place.to_string());
+            }
+            packet.oif = Some("eth1".into());
+        }
+    }
+}
+
+/// What iptables-save would print of this.
+fn save(state: &State) -> String {
+    let mut text = String::new();
+    for table in [Table::Mangle, Table::Nat, Table::Filter] {
+        let shares = || state.tables.iter().filter(|((of, _), _)| *of == table);
+        let _ = writeln!(text, "*{table}");
+        for ((_, uplink), share) in shares() {
+            if share.chain.is_some() {
+                let _ = writeln!(text, ":{} - [0:0]", uplink.chain());
+            }
+        }
+        for ((_, uplink), share) in shares() {
+            for spec in share.chain.iter().flatten() {
+                let _ = writeln!(text, "-A {} {}", uplink.chain(), spec.0);
+            }
+            for (chain, spec) in &share.entries {
+                let _ = writeln!(text, "-A {chain} {}", spec.0);
+            }
+        }
+        text.push_str("COMMIT\n");
+    }
+    text
+}
+
+/// What a plan does, in each of its forms: lines that stay lines, and words that a shell takes literally.
+fn literal(steps: &[Step]) {
+    let mut input = String::new();
+    for step in steps {
+        input.clear();
+        tables::restore_lines(step, &mut input);
+        assert!(
+            input.lines().all(|line| line.starts_with([':', '-'])),
+            "{input:?}"
+        );
+        for (_, command) in step.changes().into_iter().chain(step.commands()) {
+            let text = command.to_string();
+            assert!(!text.contains('\n'), "{text:?}");
+            assert!(is_literal(&text), "{text:?}");
+        }
+    }
+}
+
+/// Whether a shell would run nothing but this one command, with these words.
+fn is_literal(command: &str) -> bool {
+    // `echo 2 > /proc/…` is our own.
+    let command = command.replace(" > /proc/sys/net/ipv4/conf/", " ");
+    let mut quoted = false;
+    let mut chars = command.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '\'' => quoted = !quoted,
+            _ if quoted => {}
+            '\\' => drop(chars.next()),
+            ' ' => {}
+            c if c.is_ascii_alphanumeric() || "-_./:,=+@%".contains(c) => {}
+            _ => return false,
+        }
+    }
+    !quoted
+}
+
+/// What `ip` lists and answers.
+pub fn ip(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    for (number, words) in route::failures(&text) {
+        assert!(number == 0 || text.contains("Command failed -:"), "{words}");
+    }
+    let _ = route::way(&text);
+    let survey = route::survey(&text);
+    let lines = text.lines().count();
+    assert!(survey.rules.len() + survey.routes.len() <= lines);
+    for listed in &survey.rules {
+        assert!(!listed.text.contains('\n'));
+    }
+    let _ = route::parse(&text);
+    let Ok(listing) = route::parse(&whole(&text)) else {
+        return;
+    };
+    // Only a name, behind `iif`, can be any word.
+    let word = |rule: &&RouteRule| {
+        rule.from.as_ref().is_none_or(|from| from != "proto")
+            && !rule.rest.contains(&"proto".into())
+    };
+    for rule in listing.rules.iter().filter(word) {
+        let again = route::parse(&whole(&listed(rule))).expect("what was listed");
+        assert!(again.rules.contains(rule), "{rule:?}: {again:?}");
+    }
+    let state = State {
+        routes: listing.routes,
+        rules: listing.rules,
+        ..State::default()
+    };
+    assert_eq!(plan(&state, &state), []);
+    for step in plan(&state, &State::default()) {
+        assert_eq!(step.changes().len(), 1);
+    }
+}
+
+/// The listing between the two answers by which it is known to be whole.
+fn whole(listing: &str) -> String {
+    const LO: &str = "1: lo: <LOOPBACK,UP,LOWER_UP> mtu 65536";
+    format!("{LO}\n{listing}\n{LO}\n")
+}
+
+/// `99:<tab>from all iif eth1 fwmark 0xa/0xff lookup 10 proto 109`
+fn listed(rule: &RouteRule) -> String {
+    let mut text = format!("{}:\t", rule.priority);
+    for word in &rule.rest {
+        let _ = write!(text, "{word} ");
+    }
+    let _ = write!(text, "from {}", rule.from.as_deref().unwrap_or("all"));
+    if let Some(iif) = &rule.iif {
+        let _ = write!(text, " iif {iif}");
+    }
+    if let Some(fwmark) = &rule.fwmark {
+        let _ = write!(text, " fwmark {fwmark}");
+    }
+    let TableId(table) = rule.table;
+    let _ = write!(text, " lookup {table}");
+    if let Some(length) = rule.suppress_prefixlength {
+        let _ = write!(text, " suppress_prefixlength {length}");
+    }
+    text + " proto 109\n"
+}
+
+/// What `conntrack -L` lists: what deletes some of it deletes none of the rest.
+pub fn conntrack(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let flows = conntrack::parse(&text);
+    let all: Vec<&Flow> = flows.iter().collect();
+    assert!(conntrack::deletions(&flows, &all).len() <= all.len());
+    assert!(conntrack::deletions(&flows, &[]).is_empty());
+    let mut numbers: BTreeMap<&str, u8> = BTreeMap::new();
+    for flow in flows.iter().filter(|flow| flow.protocol != "unknown") {
+        if *numbers.entry(&flow.protocol).or_insert(flow.number) != flow.number {
+            return;
+        }
+    }
+    for start in 0..2 {
+        let (condemned, living): (Vec<_>, Vec<_>) = flows
+            .iter()
+            .enumerate()
+            .partition(|(index, _)| index % 2 == start);
+        let condemned: Vec<&Flow> = condemned.into_iter().map(|(_, flow)| flow).collect();
+        for line in conntrack::deletions(&flows, &condemned) {
+            assert!(
+                line.starts_with("-D -p ") && !line.contains('\n'),
+                "{line:?}"
+            );
+            for (_, flow) in living.iter().filter(|(_, flow)| !condemned.contains(flow)) {
+                // ICMP is told apart by more than the line of a group says, but is never in one.
+                let alike = condemned
+                    .iter()
+                    .any(|other| other.to_string() == flow.to_string());
+                assert!(alike || !deletes(&line, flow), "{line} deletes {flow:?}");
+            }
+        }
+    }
+}
+
+/// Whether conntrack, given these arguments, deletes this flow.
+fn deletes(line: &str, flow: &Flow) -> bool {
+    let words: Vec<&str> = line.split(' ').collect();
+    let full = flow.to_string();
+    let its: Vec<&str> = full.split(' ').collect();
+    let value = |words: &[&str], option: &str| {
+        let index = words.iter().position(|word| *word == option)?;
+        words.get(index + 1).map(|word| (*word).to_owned())
+    };
+    // A protocol has ports or has none, and ICMP its numbers: others are not the kernel's.
+    let has = |words: &[&str], option| words.contains(&option);
+    if ["--dport", "--icmp-type"]
+        .iter()
+        .any(|option| has(&words, option) != has(&its, option))
+    {
+        return false;
+    }
+    let answered = flow.reply.ports.map(|(source, _)| source.to_string());
+    words[1..]
+        .iter()
+        .filter(|word| word.starts_with('-'))
+        .all(|option| {
+            let asked = value(&words, option);
+            match *option {
+                "--reply-port-src" => asked == answered,
+                option => asked == value(&its, option),
+            }
+        })
+}
+
+/// The variables of pppd's that an event is read from, in the order in which an input has them.
+pub const VARIABLES: [&str; 5] = ["IFNAME", "IPLOCAL", "PPP_IPPARAM", "LINKNAME", "CALL_FILE"];
+
+/// A call of pppd's, from bytes: its direction, the variables, the arguments, a NUL behind each. A variable that is a
+/// lone `-` is not set.
+#[derive(Debug)]
+pub struct Call {
+    pub direction: OsString,
+    pub variables: Vec<(&'static str, OsString)>,
+    pub args: Vec<OsString>,
+}
+
+impl Call {
+    pub fn parse(data: &[u8]) -> Self {
+        let mut words = data
+            .split(|byte| *byte == 0)
+            .map(|word| OsString::from_vec(word.to_vec()));
+        let direction = words.next().unwrap_or_default();
+        let variables = VARIABLES
+            .into_iter()
+            .zip(words.by_ref())
+            .filter(|(_, value)| value != "-");
+        Self {
+            direction,
+            variables: variables.collect(),
+            args: words.collect(),
+        }
+    }
+}
+
+/// A call, with its variables in the environment if the caller can put them there: refused, or all in it is of the
+/// form that it should be; the message of a refusal is short and one line.
+pub fn event(call: &Call) {
+    let Some(direction) = Direction::parse(&call.direction) else {
+        return;
+    };
+    let config = Config::parse(CONFIG).expect("a configuration that holds");
+    match Event::from_pppd(direction, &call.args) {
+        Ok(event) => {
+            assert_eq!(
+                IfName::parse(event.interface.as_str()).expect("a name"),
+                event.interface
+            );
+            assert_eq!(event.identity.interface.as_ref(), Some(&event.interface));
+            assert!(direction != Direction::Down || event.local.is_none());
+            let request = Request::Event(event);
+            let named = request.named(&config);
+            assert!(named.is_err() || named.is_ok_and(|names| names.len() < 2));
+            if let Some(local) = request.local() {
+                let _ = check_local(local, &config.lan.networks);
+            }
+            assert!(request.to_string().len() < 40);
+        }
+        Err(error) => {
+            let line = log::printable(&format!("{error:#}"));
+            assert!(line.len() < 1000, "{line:?}");
+            assert!(!line.chars().any(char::is_control), "{line:?}");
+        }
+    }
+    for arg in &call.args {
+        let text = arg.to_string_lossy();
+        if let Ok(address) = event::address(arg) {
+            assert_eq!(address.to_string(), text);
+        }
+        if let Ok(name) = UplinkName::parse(&text) {
+            assert_eq!(UplinkName::from_chain(&name.chain()), Some(name));
+        }
+    }
+    let mut args = call.args.iter().cloned();
+    let (to, from_lan) = (args.next(), args.next());
+    let words: Vec<OsString> = args.collect();
+    let some = |text: Option<OsString>| text.filter(|text| !text.is_empty());
+    let _ = Question::parse(&config, &words, some(to), some(from_lan));
+}
+
+const CONFIG: &str = r#"
+[lan]
+interfaces = ["eth1"]
+networks = ["192.168.0.0/24"]
+[uplink.isp0]
+interface = "ppp0"
+table = 10
+forward = [{ port = 80, to = "192.168.0.2" }, { proto = "any", to = "192.168.0.3" }]
+[uplink.isp1]
+ipparam = "isp1"
+table = 20
+forward = [{ port = 80, to = "192.168.0.2" }]
+[uplink.isp2]
+linkname = "two"
+[uplink.isp3]
+peer = "three"
+"#;
