@@ -279,6 +279,8 @@ fn is_literal(command: &str) -> bool {
     !quoted
 }
 
+static ALL: String = String::new();
+
 /// What `ip` lists and answers.
 pub fn ip(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
@@ -313,6 +315,15 @@ pub fn ip(data: &[u8]) {
     assert_eq!(plan(&state, &state), []);
     for step in plan(&state, &State::default()) {
         assert_eq!(step.changes().len(), 1);
+        // What is not a name has no odd characters in a kernel's listing.
+        let place = match &step {
+            Step::Route(_, route) => &route.destination,
+            Step::RouteRule(_, rule) => rule.from.as_ref().unwrap_or(&ALL),
+            _ => continue,
+        };
+        if is_literal(place) {
+            literal(&[step]);
+        }
     }
 }
 
