@@ -236,10 +236,10 @@ impl Report for Check {
                 text += &format!("{uplink}: ");
             }
             // Others' entries and files can hold any byte.
-            text += &crate::log::printable(&finding.what);
+            text += &finding.what;
             text.push('\n');
             for line in &finding.mend {
-                text += &format!("    {}\n", crate::log::printable(line));
+                text += &format!("    {line}\n");
             }
         }
         text

@@ -29,8 +29,9 @@ pub trait Report: Serialize {
 /// # Errors
 /// It can't be printed.
 pub fn print(report: &impl Report, form: Form) -> Result<bool> {
+    let style = Style::of_stdout();
     let text = match form {
-        Form::Text => report.text(Style::of_stdout()),
+        Form::Text => printable(&report.text(style), style),
         Form::Json => serde_json::to_string_pretty(report).context("write JSON")? + "\n",
     };
     stdout()
@@ -38,6 +39,43 @@ pub fn print(report: &impl Report, form: Form) -> Result<bool> {
         .context("print the report")?;
     Ok(report.is_well())
 }
+
+/// The text without control characters but for line ends and the colours that [`Style::paint`] gives:
+/// what others have written into a rule must not move a terminal's cursor.
+fn printable(text: &str, style: Style) -> String {
+    let tones = [Tone::Good, Tone::Doubtful, Tone::Bad, Tone::Strong];
+    let codes: Vec<String> = tones
+        .map(Tone::code)
+        .into_iter()
+        .chain([END])
+        .map(sgr)
+        .collect();
+    let mut clean = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        let code = codes.iter().find(|code| rest.starts_with(code.as_str()));
+        if let Some(code) = code.filter(|_| style == Style::Coloured) {
+            clean.push_str(code);
+            rest = &rest[code.len()..];
+            continue;
+        }
+        if c.is_control() && c != '\n' {
+            clean.extend(c.escape_default());
+        } else {
+            clean.push(c);
+        }
+        rest = &rest[c.len_utf8()..];
+    }
+    clean
+}
+
+/// Select graphic rendition (ECMA-48).
+fn sgr(code: &str) -> String {
+    format!("\x1b[{code}m")
+}
+
+/// What ends all colours.
+const END: &str = "0";
 
 /// Whether text has colours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +99,17 @@ pub enum Tone {
     Strong,
 }
 
+impl Tone {
+    fn code(self) -> &'static str {
+        match self {
+            Self::Good => "32",
+            Self::Doubtful => "33",
+            Self::Bad => "31",
+            Self::Strong => "1",
+        }
+    }
+}
+
 impl Style {
     fn of_stdout() -> Self {
         let unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
@@ -72,16 +121,10 @@ impl Style {
         }
     }
 
-    /// The text in the colour of its tone (ECMA-48, SGR).
+    /// The text in the colour of its tone.
     pub fn paint(self, tone: Tone, text: &str) -> String {
-        let code = match tone {
-            Tone::Good => "32",
-            Tone::Doubtful => "33",
-            Tone::Bad => "31",
-            Tone::Strong => "1",
-        };
         match self {
-            Self::Coloured => format!("\x1b[{code}m{text}\x1b[0m"),
+            Self::Coloured => format!("{}{text}{}", sgr(tone.code()), sgr(END)),
             Self::Plain => text.to_owned(),
         }
     }
