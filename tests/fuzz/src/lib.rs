@@ -73,6 +73,9 @@ pub fn config(data: &[u8]) {
         tables::parse(&save(&all)).expect("our own rules"),
         all.tables
     );
+    let rules: String = all.rules.iter().map(listed).collect();
+    let read = route::parse(&whole(&rules)).expect("our own rules");
+    assert_eq!(read.rules, all.rules);
     for name in config.uplinks.keys() {
         for forward in &config.uplinks[name].forwards {
             for spec in mh_hook::desired::dnat(forward) {
