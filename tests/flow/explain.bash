@@ -11,10 +11,16 @@ explain_up() {
     mh_hook up ppp1
 }
 
-# verdict ARGUMENT…: answered, fails or unsure.
+# verdict ARGUMENT…: answered, fails or unsure. What each looks like as JSON is asked once in a test.
 verdict() {
+    local found
     mh_hook explain --json "$@" >"$LAB_DIR/explain.json" || true
-    expect_schema explain "$LAB_DIR/explain.json" && sed -n 's/^  "verdict": "\(.*\)",$/\1/p' "$LAB_DIR/explain.json"
+    found=$(sed -n 's/^  "verdict": "\(.*\)",$/\1/p' "$LAB_DIR/explain.json")
+    if [[ ! -e $LAB_DIR/explained.$found ]]; then
+        expect_schema explain "$LAB_DIR/explain.json" || return 1
+        touch "$LAB_DIR/explained.$found"
+    fi
+    echo "$found"
 }
 
 # found ask's ARGUMENT…: what a real packet finds out.
