@@ -12,6 +12,32 @@ use crate::config::Protocol;
 use crate::plan::{Change, Edit, Step};
 use crate::state::{FwMark, Loose, PREFIX, Rulespec, Share, Table, UplinkName};
 
+/// The lines of what iptables-save prints. It leaves the line ends in somebody's comment as they are,
+/// so a line goes on until its quotes are closed.
+pub fn lines(save: &str) -> impl Iterator<Item = &str> {
+    let mut rest = save;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let mut is_quoted = false;
+        let mut is_escaped = false;
+        let end = rest.bytes().position(|byte| {
+            match byte {
+                _ if is_escaped => is_escaped = false,
+                b'\\' if is_quoted => is_escaped = true,
+                b'"' => is_quoted = !is_quoted,
+                b'\n' => return !is_quoted,
+                _ => {}
+            }
+            false
+        });
+        let (line, left) = rest.split_at(end.unwrap_or(rest.len()));
+        rest = left.strip_prefix('\n').unwrap_or(left);
+        Some(line)
+    })
+}
+
 /// Our shares of the tables in what iptables-save prints.
 ///
 /// # Errors
@@ -20,7 +46,7 @@ pub fn parse(save: &str) -> Result<BTreeMap<(Table, UplinkName), Share>> {
     let mut shares: BTreeMap<(Table, UplinkName), Share> = BTreeMap::new();
     let mut table = None;
     let mut committed = true;
-    for line in save.lines() {
+    for line in lines(save) {
         if let Some(name) = line.strip_prefix('*') {
             (table, committed) = (Table::parse(name), false);
         } else if line == "COMMIT" {

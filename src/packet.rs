@@ -4,7 +4,7 @@
 //! A rule with a match that is not known here, or that depends on more than the packet (`limit`, `set`),
 //! is passed over and noted as a doubt; whoever asks can ask again with it assumed to match.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::Ipv4Addr;
 
@@ -212,6 +212,10 @@ enum End {
 /// Chains that call each other deeper than this are a circle, which the kernel would not have.
 const DEPTH: usize = 32;
 
+/// How many rules a packet meets in one table. Chains that call each other several times, and those
+/// others in turn, can make it meet more than anybody waits for.
+pub const MAX_RULES: usize = 200_000;
+
 impl Ground<'_> {
     /// Whether an address is the router's own.
     pub fn is_own(&self, address: Ipv4Addr) -> bool {
@@ -246,6 +250,7 @@ impl Ground<'_> {
                     packet,
                     connection,
                     passage: &mut passage,
+                    rules: 0,
                 };
                 let mut end = walk.chain(hook.chain(), 0);
                 if end == End::Fell
@@ -290,6 +295,8 @@ struct Walk<'a, 'b> {
     packet: &'b mut Packet,
     connection: &'b mut Connection,
     passage: &'b mut Passage,
+    /// How many rules it has met.
+    rules: usize,
 }
 
 impl Walk<'_, '_> {
@@ -302,6 +309,10 @@ impl Walk<'_, '_> {
             return End::Fell;
         };
         for (index, rule) in chain.rules.iter().enumerate() {
+            self.rules += 1;
+            if self.rules > MAX_RULES {
+                return End::Fell;
+            }
             let matches = self.matches(rule);
             if matches == Match::No {
                 continue;
@@ -315,7 +326,7 @@ impl Walk<'_, '_> {
                 packets: Some(rule.packets),
             };
             if matches == Match::Maybe && self.ground.assumed != Some(&place) {
-                if self.makes_a_difference(rule, depth) {
+                if self.makes_a_difference(rule, &mut BTreeSet::new()) {
                     self.passage.doubts.push(place);
                 }
                 continue;
@@ -330,17 +341,14 @@ impl Walk<'_, '_> {
     }
 
     /// Whether the rule, if it matched, would do more than count or log.
-    fn makes_a_difference(&self, rule: &Rule, depth: usize) -> bool {
+    fn makes_a_difference<'c>(&'c self, rule: &'c Rule, seen: &mut BTreeSet<&'c str>) -> bool {
         let Some(target) = rule.value("-j").or(rule.value("-g")) else {
             return false;
         };
         match self.ruleset.chain(self.table, target) {
             Some(chain) => {
-                depth < DEPTH
-                    && chain
-                        .rules
-                        .iter()
-                        .any(|rule| self.makes_a_difference(rule, depth + 1))
+                let mut rules = chain.rules.iter();
+                seen.insert(target) && rules.any(|rule| self.makes_a_difference(rule, seen))
             }
             None => !is_bystander(target),
         }

@@ -50,7 +50,7 @@ impl Ruleset {
     pub fn parse(save: &str) -> Self {
         let mut ruleset = Self::default();
         let mut table = String::new();
-        for line in save.lines() {
+        for line in iptables::lines(save) {
             if let Some(name) = line.strip_prefix('*') {
                 name.clone_into(&mut table);
                 ruleset.tables.entry(table.clone()).or_default();

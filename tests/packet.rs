@@ -190,3 +190,36 @@ fn a_doubt_is_one_only_where_it_makes_a_difference() {
     assert_eq!(doubts(&["-m limit --limit 3/min -j no", "no: -j DROP"]), 1);
     assert_eq!(doubts(&["-j NFQUEUE --queue-num 1"]), 1);
 }
+
+#[test]
+fn chains_that_call_each_other_often_end_in_time() {
+    let mut rules = vec!["-j c0".to_owned()];
+    for i in 0..30 {
+        let next = format!("c{i}: -j c{}", i + 1);
+        rules.extend([
+            next.clone(),
+            next,
+            format!("c{i}: -m limit --limit 1/s -j c{}", i + 1),
+        ]);
+    }
+    rules.push("c30: -j DROP".into());
+    let rules: Vec<&str> = rules.iter().map(String::as_str).collect();
+    assert!(walk("filter", &rules, Turn::First).0.stopped.is_some());
+    // Nothing stops it: each of 2^30 ways would be gone.
+    let (passage, ..) = walk("filter", &rules[..rules.len() - 1], Turn::First);
+    assert!(passage.stopped.is_none());
+}
+
+#[test]
+fn a_comment_of_several_lines_is_one_rule() {
+    let save = "*nat\n:PREROUTING ACCEPT [0:0]\n:mh-isp0 - [0:0]\n\
+        -A PREROUTING -m comment --comment \"one\n-A mh-isp0 -j DROP\nCOMMIT\n\\\" three\" -j ACCEPT\n\
+        -A mh-isp0 -j RETURN\nCOMMIT\n";
+    let shares = mh_hook::iptables::parse(save).expect("it is whole");
+    let share = shares.values().next().expect("the chain of isp0");
+    assert_eq!(share.chain.as_ref().map(Vec::len), Some(1), "{share:?}");
+    assert_eq!(share.entries.len(), 0, "{share:?}");
+    let ruleset = Ruleset::parse(&save.replace("-A PREROUTING", "[1:2] -A PREROUTING"));
+    let chain = ruleset.chain("nat", "PREROUTING").expect("the chain");
+    assert_eq!(chain.rules.len(), 1, "{chain:?}");
+}

@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use ipnetwork::Ipv4Network;
 
 use crate::config::Protocol;
+use crate::packet::MAX_RULES;
 use crate::ruleset::{Rule, Ruleset};
 
 /// What is known of the packets, all alike in this. Names, addresses and ports that are none are
@@ -87,6 +88,7 @@ pub fn walk<'a>(
         table,
         goal,
         walk: Walk::default(),
+        rules: 0,
     };
     let falls = walker.chain(chain, Fit::Always, packet, DEPTH);
     if falls {
@@ -107,6 +109,8 @@ struct Walker<'a, 'b> {
     table: &'a str,
     goal: Option<&'b str>,
     walk: Walk<'a>,
+    /// How many rules it has met.
+    rules: usize,
 }
 
 impl<'a> Walker<'a, '_> {
@@ -116,6 +120,10 @@ impl<'a> Walker<'a, '_> {
             return true;
         };
         for (number, rule) in (1..).zip(&chain.rules) {
+            self.rules += 1;
+            if self.rules > MAX_RULES {
+                return true;
+            }
             let (fit, target) = fits(rule, packet);
             let sure = fit == Fit::Always;
             // Of all the packets there are, not only of those that came here.
