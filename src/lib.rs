@@ -35,6 +35,7 @@ pub mod privilege;
 pub mod report;
 pub mod request;
 pub mod ruleset;
+pub mod socket;
 pub mod stale;
 pub mod state;
 pub mod status;

@@ -1,6 +1,5 @@
 //! What this router knows of those who are asked: neighbours, tracked connections, sockets of its own.
 
-use std::fs;
 use std::net::Ipv4Addr;
 
 use crate::config::Protocol;
@@ -9,6 +8,7 @@ use crate::explain::Direction;
 use crate::ip::Way;
 use crate::journey::{Journey, Stop, fails};
 use crate::packet::Connection;
+use crate::socket::{Socket, listening};
 
 impl Journey<'_> {
     /// Whether the next host answers ARP, as far as the kernel has found out already.
@@ -93,24 +93,17 @@ impl Journey<'_> {
     pub(super) fn listens(&mut self, tuple: &Tuple, connection: &Connection) -> Result<(), Stop> {
         let protocol = self.run.question.service.protocol;
         let port = tuple.ports.map(|ports| ports.1);
-        let Some((port, files)) = port.zip(match protocol {
-            Protocol::Tcp => Some(["tcp", "tcp6"]),
-            Protocol::Udp => Some(["udp", "udp6"]),
-            _ => None,
-        }) else {
+        let Some(port) = port.filter(|_| matches!(protocol, Protocol::Tcp | Protocol::Udp)) else {
             return Ok(());
         };
-        let sockets = files.iter().flat_map(|name| {
-            let text = fs::read_to_string(format!("/proc/net/{name}")).unwrap_or_default();
-            let lines: Vec<(bool, bool)> = text
-                .lines()
-                .filter_map(|line| socket(line, tuple.destination, port, protocol))
-                .collect();
-            lines
-        });
-        let sockets: Vec<(bool, bool)> = sockets.collect();
-        if let Some((_, is_any)) = sockets.iter().find(|(matches, _)| *matches) {
-            if *is_any && protocol == Protocol::Udp && self.direction == Direction::There {
+        let sockets = listening(protocol);
+        let waits = |socket: &&Socket| {
+            let is_it = socket.address.is_none_or(|own| own == tuple.destination);
+            is_it && socket.port == port
+        };
+        if let Some(socket) = sockets.iter().find(waits) {
+            let is_any = socket.address.is_none();
+            if is_any && protocol == Protocol::Udp && self.direction == Direction::There {
                 self.caveats.push(format!(
                     "the program at udp/{port} is bound to no address: unless it takes care of that itself, its reply has the address of the default link"
                 ));
@@ -132,29 +125,4 @@ impl Journey<'_> {
             mend,
         )
     }
-}
-
-/// A line of /proc/net/tcp or its kin: whether it waits at this address and port, and whether it is
-/// bound to no address.
-fn socket(line: &str, address: Ipv4Addr, port: u16, protocol: Protocol) -> Option<(bool, bool)> {
-    let mut words = line.split_ascii_whitespace().skip(1);
-    let (local_address, local_port) = words.next()?.split_once(':')?;
-    let state = words.nth(1)?;
-    // TCP_LISTEN; a socket of UDP that is bound is in TCP_CLOSE (net/tcp_states.h).
-    let waits = state
-        == if protocol == Protocol::Tcp {
-            "0A"
-        } else {
-            "07"
-        };
-    let is_any = local_address.bytes().all(|byte| byte == b'0');
-    // In the host's byte order, the last four bytes of an IPv6 address too.
-    let number = u32::from_str_radix(
-        local_address.get(local_address.len().checked_sub(8)?..)?,
-        16,
-    )
-    .ok()?;
-    let is_it = is_any || Ipv4Addr::from(number.to_ne_bytes()) == address;
-    let is_port = u16::from_str_radix(local_port, 16).ok()? == port;
-    Some((waits && is_it && is_port, is_any))
 }
