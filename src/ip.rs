@@ -189,7 +189,7 @@ fn route_rule(priority: &str, text: &str) -> Result<RouteRule> {
             "iif" => rule.iif = Some(value()?.to_owned()),
             // Said of an interface that does not exist now.
             "[detached]" => {}
-            "fwmark" => rule.fwmark = Some(fwmark(value()?)?),
+            "fwmark" => rule.fwmark = Some(FwMark::parse(value()?).context("not a mark")?),
             "lookup" => rule.table = TableId(value()?.parse()?),
             "suppress_prefixlength" => rule.suppress_prefixlength = Some(value()?.parse()?),
             "proto" => drop(value()?),
@@ -244,24 +244,6 @@ fn route(text: &str) -> Result<Route> {
         }
     }
     Ok(route)
-}
-
-/// `0xa/0xff`, or `0xa` where the mask is full.
-fn fwmark(text: &str) -> Result<FwMark> {
-    let number = |text: &str| match text.strip_prefix("0x") {
-        Some(digits) => u32::from_str_radix(digits, 16),
-        None => text.parse(),
-    };
-    let Some((value, mask)) = text.split_once('/') else {
-        return Ok(FwMark {
-            value: number(text)?,
-            mask: u32::MAX,
-        });
-    };
-    Ok(FwMark {
-        value: number(value)?,
-        mask: number(mask)?,
-    })
 }
 
 /// A word as it means itself to a shell and in a batch; none where there is no such form: a batch knows

@@ -16,7 +16,7 @@ use crate::config::Protocol;
 use crate::conntrack::Tuple;
 use crate::link::Link;
 use crate::ruleset::{Rule, Ruleset};
-use crate::state::FwMark;
+use crate::state::{FwMark, bits};
 
 /// A hook of netfilter, with the tables of iptables that are asked there, in their order
 /// (`enum nf_ip_hook_priorities`, linux/netfilter_ipv4.h).
@@ -370,7 +370,9 @@ impl Walk<'_, '_> {
                 self.connection.is_untracked = true;
             }
             "MARK" => {
-                if let Some(FwMark { value, mask }) = xmark(rule.value("--set-xmark")) {
+                if let Some(FwMark { value, mask }) =
+                    rule.value("--set-xmark").and_then(FwMark::parse)
+                {
                     self.packet.mark = self.packet.mark & !mask ^ value;
                     self.note(place, false);
                 }
@@ -397,9 +399,9 @@ impl Walk<'_, '_> {
     /// xt_connmark's targets (net/netfilter/xt_connmark.c, `connmark_tg_shift`).
     fn connmark(&mut self, rule: &Rule, place: Place) {
         let has = |option: &str| rule.words.iter().any(|word| word == option);
-        let mask = |option| rule.value(option).and_then(number).unwrap_or(u32::MAX);
+        let mask = |option| rule.value(option).and_then(bits).unwrap_or(u32::MAX);
         let (nfmask, ctmask) = (mask("--nfmask"), mask("--ctmask"));
-        if let Some(FwMark { value, mask }) = xmark(rule.value("--set-xmark")) {
+        if let Some(FwMark { value, mask }) = rule.value("--set-xmark").and_then(FwMark::parse) {
             self.connection.mark = self.connection.mark & !mask ^ value;
             self.note(place, true);
         } else if has("--save-mark") {
@@ -551,9 +553,9 @@ impl Walk<'_, '_> {
             ("conntrack", "--ctstate") | ("state", "--state") => {
                 Some(value.split(',').any(|state| self.state(state)))
             }
-            ("mark", "--mark") => xmark(Some(value)).map(|it| packet.mark & it.mask == it.value),
+            ("mark", "--mark") => FwMark::parse(value).map(|it| packet.mark & it.mask == it.value),
             ("connmark", "--mark") => {
-                xmark(Some(value)).map(|it| connection.mark & it.mask == it.value)
+                FwMark::parse(value).map(|it| connection.mark & it.mask == it.value)
             }
             ("addrtype", "--dst-type") => self.address_type(value, tuple.destination),
             ("addrtype", "--src-type") => self.address_type(value, tuple.source),
@@ -663,23 +665,6 @@ fn is_bystander(target: &str) -> bool {
         "ECN",
     ];
     NAMES.contains(&target)
-}
-
-/// `0xa/0xff`, `0xa`
-fn xmark(text: Option<&str>) -> Option<FwMark> {
-    let text = text?;
-    let (value, mask) = text.split_once('/').unwrap_or((text, "0xffffffff"));
-    Some(FwMark {
-        value: number(value)?,
-        mask: number(mask)?,
-    })
-}
-
-fn number(text: &str) -> Option<u32> {
-    match text.strip_prefix("0x") {
-        Some(digits) => u32::from_str_radix(digits, 16).ok(),
-        None => text.parse().ok(),
-    }
 }
 
 fn in_prefix(prefix: &str, address: Ipv4Addr) -> Option<bool> {

@@ -113,6 +113,26 @@ pub struct FwMark {
     pub mask: u32,
 }
 
+impl FwMark {
+    /// `0xa/0xff`, or `0xa` where the mask is full; decimal, too.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (value, mask) = match text.split_once('/') {
+            Some((value, mask)) => (value, bits(mask)?),
+            None => (text, u32::MAX),
+        };
+        let value = bits(value)?;
+        Some(Self { value, mask })
+    }
+}
+
+/// A number as iproute2 and iptables write the bits of a mark.
+pub fn bits(text: &str) -> Option<u32> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
+
 impl fmt::Display for FwMark {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#x}/{:#x}", self.value, self.mask)

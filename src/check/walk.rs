@@ -8,6 +8,7 @@ use ipnetwork::Ipv4Network;
 use crate::config::Protocol;
 use crate::packet::MAX_RULES;
 use crate::ruleset::{Rule, Ruleset};
+use crate::state::{FwMark, bits};
 
 /// What is known of the packets, all alike in this. Names, addresses and ports that are none are
 /// unknown.
@@ -208,11 +209,11 @@ fn marked(rule: &Rule, mark: u32, connmark: u32) -> Option<(u32, u32)> {
         let (value, mask) = pair(text)?;
         (old & !mask) | value
     } else if let Some(text) = rule.value("--and-mark") {
-        old & hex(text)?
+        old & bits(text)?
     } else if let Some(text) = rule.value("--or-mark") {
-        old | hex(text)?
+        old | bits(text)?
     } else if let Some(text) = rule.value("--xor-mark") {
-        old ^ hex(text)?
+        old ^ bits(text)?
     } else {
         let (nfmask, ctmask) = transfer_masks(rule)?;
         if rule.words.iter().any(|word| word == "--save-mark") {
@@ -232,25 +233,15 @@ pub fn transfer_masks(rule: &Rule) -> Option<(u32, u32)> {
     let mut words = rule.words.iter();
     words.find(|word| *word == "--save-mark" || *word == "--restore-mark")?;
     let mask = |option: &str| match rule.value(option).or(rule.value("--mask")) {
-        Some(text) => hex(text),
+        Some(text) => bits(text),
         None => Some(u32::MAX),
     };
     Some((mask("--nfmask")?, mask("--ctmask")?))
 }
 
-/// `0xa/0xff`, or `0xa` where the mask is full.
+/// A mark's value and mask.
 pub fn pair(text: &str) -> Option<(u32, u32)> {
-    match text.split_once('/') {
-        Some((value, mask)) => Some((hex(value)?, hex(mask)?)),
-        None => Some((hex(text)?, u32::MAX)),
-    }
-}
-
-fn hex(text: &str) -> Option<u32> {
-    match text.strip_prefix("0x") {
-        Some(digits) => u32::from_str_radix(digits, 16).ok(),
-        None => text.parse().ok(),
-    }
+    FwMark::parse(text).map(|FwMark { value, mask }| (value, mask))
 }
 
 /// Matches that are known here by their options; of others nobody knows.
