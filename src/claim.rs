@@ -151,12 +151,7 @@ fn tables(config: Option<&Config>, state: &State) -> BTreeMap<TableId, UplinkNam
         );
     }
     for ((_, uplink), share) in &state.tables {
-        let marks: Vec<FwMark> = share
-            .chain
-            .iter()
-            .flatten()
-            .filter_map(iptables::connmark)
-            .collect();
+        let marks: Vec<FwMark> = share.rules().filter_map(iptables::connmark).collect();
         let marked = state
             .rules
             .iter()

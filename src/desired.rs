@@ -1,10 +1,12 @@
 //! What the kernel should hold for an uplink that is up: (configuration, address) to [`State`].
 //! Pure; does not look at what is.
 
-use std::fmt::{self, Write};
+use std::fmt;
+use std::rc::Rc;
 
+use crate::chains::chains;
 use crate::claim::{Addressed, Running};
-use crate::config::{Config, Forward, Protocol, Routing, Uplink};
+use crate::config::{Config, Routing, Uplink};
 use crate::iptables::loose_note;
 use crate::state::{
     CLOSING_METRIC, FwMark, Loose, Route, RouteRule, Rulespec, Share, State, Table, TableId,
@@ -159,10 +161,14 @@ fn connmark(config: &Config, up: &Up, routing: &Routing, mangle: &mut Share) {
     let FwMark { mask, .. } = routing.mark;
     let unmarked = Match(FwMark { value: 0, mask });
     mangle.entries.push(jump(up));
-    mangle.chain = Some(vec![Rulespec(format!(
-        "-m connmark --mark {unmarked} -j CONNMARK --set-xmark {}",
-        routing.mark
-    ))]);
+    own_rule(
+        up,
+        mangle,
+        Rulespec(format!(
+            "-m connmark --mark {unmarked} -j CONNMARK --set-xmark {}",
+            routing.mark
+        )),
+    );
     for lan in &config.lan.interfaces {
         let spec = format!(
             "-i {lan} -m connmark --mark {} -m comment --comment {} \
@@ -199,10 +205,7 @@ fn loosen(up: &Up, before: u8, state: &mut State, mangle: &mut Share) {
         interface: up.link.interface.clone(),
         before,
     };
-    mangle
-        .chain
-        .get_or_insert_default()
-        .push(loose_note(&loose));
+    own_rule(up, mangle, loose_note(&loose));
     state.loose.insert(loose);
 }
 
@@ -212,61 +215,7 @@ fn loosen(up: &Up, before: u8, state: &mut State, mangle: &mut Share) {
 /// ```
 fn forwards(up: &Up, nat: &mut Share) {
     nat.entries.push(jump(up));
-    nat.chain = Some(up.uplink.forwards.iter().flat_map(dnat).collect());
-}
-
-/// The rules of one forward in its uplink's nat chain: one for each source and protocol.
-///
-/// `-s 198.51.100.0/24 -p tcp -m tcp --dport 2222 -j DNAT --to-destination 192.168.0.2:22`
-pub fn dnat(forward: &Forward) -> Vec<Rulespec> {
-    let sources: Vec<String> = forward
-        .from
-        .iter()
-        .map(|from| format!("-s {from} "))
-        .collect();
-    let protocols: Vec<String> = forward
-        .protocols
-        .iter()
-        .map(|protocol| matches(*protocol, forward))
-        .collect();
-    let any = [String::new()];
-    let mut rules = Vec::new();
-    for source in if sources.is_empty() {
-        &any[..]
-    } else {
-        &sources
-    } {
-        for protocol in if protocols.is_empty() {
-            &any[..]
-        } else {
-            &protocols
-        } {
-            let mut spec = format!("{source}{protocol}-j DNAT --to-destination {}", forward.to);
-            if let Some(port) = forward.to_port {
-                // Writing to a String can't fail.
-                let _ = write!(spec, ":{port}");
-            }
-            rules.push(Rulespec(spec));
-        }
-    }
-    rules
-}
-
-/// `-p tcp -m tcp --dport 80 `, `-p udp -m udp --dport 27015:27030 `, `-p esp `
-fn matches(protocol: Protocol, forward: &Forward) -> String {
-    match &forward.ports {
-        // Its name is known to iptables from /etc/protocols only, which need not be there.
-        None if protocol == Protocol::Gre => format!("-p {} ", protocol.number()),
-        None => format!("-p {protocol} "),
-        Some(ports) if ports.start() == ports.end() => {
-            format!("-p {protocol} -m {protocol} --dport {} ", ports.start())
-        }
-        Some(ports) => format!(
-            "-p {protocol} -m {protocol} --dport {}:{} ",
-            ports.start(),
-            ports.end()
-        ),
-    }
+    nat.chains = chains(up.name, &up.uplink.forwards);
 }
 
 /// ```text
@@ -354,6 +303,12 @@ fn masquerade(config: &Config, up: &Up, nat: &mut Share) {
         );
         nat.entries.push(("POSTROUTING".into(), Rulespec(spec)));
     }
+}
+
+/// A rule more in the uplink's own chain.
+fn own_rule(up: &Up, share: &mut Share, rule: Rulespec) {
+    let rules = share.chains.entry(up.name.chain()).or_default();
+    Rc::make_mut(rules).push(rule);
 }
 
 /// `-A PREROUTING -i ppp0 -j mh-isp0`

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
+use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use ipnetwork::Ipv4Network;
@@ -20,22 +21,33 @@ pub fn lines(save: &str) -> impl Iterator<Item = &str> {
         if rest.is_empty() {
             return None;
         }
-        let mut is_quoted = false;
-        let mut is_escaped = false;
-        let end = rest.bytes().position(|byte| {
-            match byte {
-                _ if is_escaped => is_escaped = false,
-                b'\\' if is_quoted => is_escaped = true,
-                b'"' => is_quoted = !is_quoted,
-                b'\n' => return !is_quoted,
-                _ => {}
-            }
-            false
-        });
-        let (line, left) = rest.split_at(end.unwrap_or(rest.len()));
+        let end = rest.find('\n').unwrap_or(rest.len());
+        let end = if rest[..end].contains('"') {
+            end_of_quoted(rest)
+        } else {
+            end
+        };
+        let (line, left) = rest.split_at(end);
         rest = left.strip_prefix('\n').unwrap_or(left);
         Some(line)
     })
+}
+
+/// Where the first line ends.
+fn end_of_quoted(text: &str) -> usize {
+    let mut is_quoted = false;
+    let mut is_escaped = false;
+    let end = text.bytes().position(|byte| {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' if is_quoted => is_escaped = true,
+            b'"' => is_quoted = !is_quoted,
+            b'\n' => return !is_quoted,
+            _ => {}
+        }
+        false
+    });
+    end.unwrap_or(text.len())
 }
 
 /// Our shares of the tables in what iptables-save prints.
@@ -76,13 +88,9 @@ fn entry(
 ) -> Result<()> {
     if let Some(declared) = line.strip_prefix(':') {
         let chain = declared.split(' ').next().unwrap_or_default();
-        if let Some(uplink) = UplinkName::from_chain(chain).filter(|uplink| uplink.chain() == chain)
-        {
-            shares
-                .entry((table, uplink))
-                .or_default()
-                .chain
-                .get_or_insert_default();
+        if let Some(uplink) = UplinkName::of_chain(chain) {
+            let share = shares.entry((table, uplink)).or_default();
+            share.chains.entry(chain.to_owned()).or_default();
         }
         return Ok(());
     }
@@ -90,17 +98,18 @@ fn entry(
         return Ok(());
     };
     let (chain, spec) = rest.split_once(' ').unwrap_or((rest, ""));
-    if let Some(uplink) = UplinkName::from_chain(chain)
+    if let Some(uplink) = UplinkName::of_chain(chain)
         && let Some(rules) = shares
             .get_mut(&(table, uplink))
-            .and_then(|share| share.chain.as_mut())
+            .and_then(|share| share.chains.get_mut(chain))
     {
-        rules.push(Rulespec(join(&words(spec)?)));
+        Rc::make_mut(rules).push(rulespec(spec)?);
         return Ok(());
     }
     let words = words(spec)?;
     let owner = words.windows(2).find_map(|pair| match pair[0].as_str() {
-        "-j" | "-g" | "--comment" => UplinkName::from_chain(&pair[1]),
+        "-j" | "-g" => UplinkName::of_chain(&pair[1]),
+        "--comment" => UplinkName::of_comment(&pair[1]),
         _ => None,
     });
     if let Some(uplink) = owner {
@@ -112,6 +121,19 @@ fn entry(
             .push(entry);
     }
     Ok(())
+}
+
+/// The rule in the one form that we compare.
+fn rulespec(text: &str) -> Result<Rulespec> {
+    // Plain words stand in that form already: there may be 10,000 such rules.
+    let is_plain = text
+        .bytes()
+        .all(|byte| byte == b' ' || is_plain(byte.into()));
+    let is_apart = text.split(' ').all(|word| !word.is_empty());
+    if is_plain && is_apart && !text.contains("-p gre") {
+        return Ok(Rulespec(text.to_owned()));
+    }
+    Ok(Rulespec(join(&words(text)?)))
 }
 
 /// The words of a rule, in the one form that we compare: iptables-save puts words with other than plain characters in double quotes
@@ -149,8 +171,7 @@ pub fn join(words: &[String]) -> String {
         if !text.is_empty() {
             text.push(' ');
         }
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=!+@%".contains(c);
-        if !word.is_empty() && word.chars().all(plain) {
+        if !word.is_empty() && word.chars().all(is_plain) {
             text.push_str(word);
         } else {
             text.push('"');
@@ -171,6 +192,30 @@ fn option<'a>(spec: &'a Rulespec, option: &str) -> Option<&'a str> {
     let mut words = spec.0.split(' ');
     words.find(|word| *word == option)?;
     words.next()
+}
+
+/// Whether a character needs no quotes.
+fn is_plain(c: char) -> bool {
+    c.is_ascii_alphanumeric()
+        || matches!(
+            c,
+            '-' | '_' | '.' | '/' | ':' | ',' | '=' | '!' | '+' | '@' | '%'
+        )
+}
+
+/// The rules of an uplink's chains, in the order in which a packet meets them.
+pub fn in_order<'a>(uplink: &UplinkName, share: &'a Share) -> impl Iterator<Item = &'a Rulespec> {
+    let own = share.chains.get(&uplink.chain());
+    own.into_iter()
+        .flat_map(|rules| rules.iter())
+        .flat_map(|spec| {
+            let below = option(spec, "-j").and_then(|target| share.chains.get(target));
+            let (below, itself) = match below {
+                Some(rules) => (rules.as_slice(), None),
+                None => (&[][..], Some(spec)),
+            };
+            below.iter().chain(itself)
+        })
 }
 
 /// The mark that a rule of ours sets on connections.
@@ -278,17 +323,14 @@ pub fn restore_lines(step: &Step, out: &mut String) {
         Step::Entry(change, table, chain, spec) => {
             writeln!(out, "{} {chain} {}", entry_flag(*change, *table), spec.0)
         }
-        Step::Chain { uplink, .. } => {
-            let chain = uplink.chain();
-            step.edits().into_iter().try_for_each(|edit| match edit {
-                Edit::New => writeln!(out, ":{chain} - [0:0]"),
-                Edit::Flush => writeln!(out, "-F {chain}"),
-                Edit::Delete(spec) => writeln!(out, "-D {chain} {}", spec.0),
-                Edit::Insert(number, spec) => writeln!(out, "-I {chain} {number} {}", spec.0),
-                Edit::Append(spec) => writeln!(out, "-A {chain} {}", spec.0),
-                Edit::Remove => writeln!(out, "-X {chain}"),
-            })
-        }
+        Step::Chain { chain, .. } => step.edits().into_iter().try_for_each(|edit| match edit {
+            Edit::New => writeln!(out, ":{chain} - [0:0]"),
+            Edit::Flush => writeln!(out, "-F {chain}"),
+            Edit::Delete(spec) => writeln!(out, "-D {chain} {}", spec.0),
+            Edit::Insert(number, spec) => writeln!(out, "-I {chain} {number} {}", spec.0),
+            Edit::Append(spec) => writeln!(out, "-A {chain} {}", spec.0),
+            Edit::Remove => writeln!(out, "-X {chain}"),
+        }),
         Step::Route(..) | Step::RouteRule(..) | Step::RpFilter { .. } => Ok(()),
     };
 }

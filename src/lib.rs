@@ -12,6 +12,7 @@
 //! `iptables` are the languages of the tools, `command` spawns them, `state` has the nouns.
 
 pub mod apply;
+pub mod chains;
 pub mod check;
 pub mod claim;
 pub mod command;

@@ -20,11 +20,7 @@ pub fn observe(tools: &Tools) -> Result<State> {
     let tables = iptables::parse(&tools.iptables_save()?)?;
     let mut loose = BTreeSet::new();
     for ((table, uplink), share) in &tables {
-        let note = share
-            .chain
-            .iter()
-            .flatten()
-            .find_map(iptables::parse_loose_note);
+        let note = share.rules().find_map(iptables::parse_loose_note);
         if let Some((before, interface)) = note.zip(claim::interfaces(share).next())
             && *table == Table::Mangle
             && link::rp_filter(interface.as_str())? == Some(2)

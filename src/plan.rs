@@ -5,7 +5,9 @@ use std::fmt;
 
 use crate::iptables;
 use crate::link::rp_filter_path;
-use crate::state::{IfName, Loose, Route, RouteRule, Rulespec, State, Table, UplinkName};
+use crate::state::{
+    IfName, Loose, Route, RouteRule, Rules, Rulespec, Share, State, Table, UplinkName,
+};
 
 /// Which way a step changes the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,16 +47,16 @@ pub enum Step {
         /// Its new value.
         value: u8,
     },
-    /// An uplink's own chain, written anew as a whole: its order matters.
+    /// A chain of an uplink's own, as a whole: its order matters.
     Chain {
         /// The table.
         table: Table,
-        /// The uplink.
-        uplink: UplinkName,
+        /// The chain.
+        chain: String,
         /// The rules that stand, if the chain does.
-        before: Option<Vec<Rulespec>>,
+        before: Option<Rules>,
         /// The rules that should stand, if the chain should.
-        after: Option<Vec<Rulespec>>,
+        after: Option<Rules>,
     },
     /// An entry of ours in a chain that is not: table, chain, rule.
     Entry(Change, Table, String, Rulespec),
@@ -73,11 +75,10 @@ impl Step {
     /// that delete stand first.
     pub fn commands(&self) -> Vec<(Change, Command)> {
         match self {
-            Self::Chain { table, uplink, .. } => {
-                let chain = uplink.chain();
+            Self::Chain { table, chain, .. } => {
                 let edits = self.edits().into_iter();
                 edits
-                    .map(|edit| (edit.change(), edit.command(*table, &chain)))
+                    .map(|edit| (edit.change(), edit.command(*table, chain)))
                     .collect()
             }
             Self::Entry(change, table, chain, spec) => {
@@ -108,7 +109,7 @@ impl Step {
     pub fn changes(&self) -> Vec<(Change, Command)> {
         let Self::Chain {
             table,
-            uplink,
+            chain,
             before,
             after,
         } = self
@@ -117,19 +118,12 @@ impl Step {
         };
         let mut edits = self.edits();
         if edits.contains(&Edit::Flush) {
-            let rules = |rules: &'_ Option<Vec<Rulespec>>| rules.clone().unwrap_or_default();
-            let (before, after) = (rules(before), rules(after));
-            let (gone, new) = differ(&before, &after);
-            let changes = gone
-                .into_iter()
-                .map(Edit::Delete)
-                .chain(new.into_iter().map(Edit::Append));
-            return changes
-                .map(|edit| (edit.change(), edit.command(*table, &uplink.chain())))
-                .collect();
+            let (gone, new) = differ(rules(before), rules(after));
+            let gone = gone.into_iter().map(Edit::Delete);
+            edits = gone.chain(new.into_iter().map(Edit::Append)).collect();
         }
         edits.retain(|edit| !matches!(edit, Edit::New | Edit::Remove));
-        let command = |edit: Edit| (edit.change(), edit.command(*table, &uplink.chain()));
+        let command = |edit: Edit| (edit.change(), edit.command(*table, chain));
         edits.into_iter().map(command).collect()
     }
 
@@ -141,7 +135,7 @@ impl Step {
             return Vec::new();
         };
         let Some(new) = after else {
-            let is_empty = before.as_ref().is_none_or(Vec::is_empty);
+            let is_empty = rules(before).is_empty();
             let flush = (!is_empty).then_some(Edit::Flush);
             return flush.into_iter().chain([Edit::Remove]).collect();
         };
@@ -160,6 +154,11 @@ impl Step {
                     .collect()
             })
     }
+}
+
+/// A chain's rules; none where there is no such chain.
+fn rules(chain: &Option<Rules>) -> &[Rulespec] {
+    chain.as_ref().map_or(&[], |rules| rules.as_slice())
 }
 
 /// How many rules of a chain are changed one by one.
@@ -353,6 +352,7 @@ fn rp_filter(observed: &State, desired: &State) -> (Vec<Step>, Vec<Step>) {
 
 fn netfilter(observed: &State, desired: &State) -> Vec<Step> {
     let mut steps = Vec::new();
+    let nothing = Share::default();
     for table in [Table::Mangle, Table::Nat, Table::Filter] {
         let keys = observed
             .tables
@@ -362,12 +362,13 @@ fn netfilter(observed: &State, desired: &State) -> Vec<Step> {
         let mut uplinks: Vec<&UplinkName> = keys.map(|(_, uplink)| uplink).collect();
         uplinks.sort();
         uplinks.dedup();
-        // A chain must exist before an entry jumps to it, and no entry may jump to one that goes.
+        // A chain must exist before an entry jumps to it, and no entry may jump to one that goes. By their
+        // names, an uplink's chain comes ahead of those below it.
         let (mut chains, mut entries, mut gone) = (Vec::new(), Vec::new(), Vec::new());
         for uplink in uplinks {
             let key = (table, uplink.clone());
-            let before = observed.tables.get(&key).cloned().unwrap_or_default();
-            let after = desired.tables.get(&key).cloned().unwrap_or_default();
+            let before = observed.tables.get(&key).unwrap_or(&nothing);
+            let after = desired.tables.get(&key).unwrap_or(&nothing);
             let (surplus, missing) = differ(&before.entries, &after.entries);
             let entry = |change: Change| {
                 move |(chain, spec): &(String, Rulespec)| {
@@ -376,19 +377,18 @@ fn netfilter(observed: &State, desired: &State) -> Vec<Step> {
             };
             entries.extend(surplus.into_iter().map(entry(Change::Delete)));
             entries.extend(missing.into_iter().map(entry(Change::Add)));
-            if before.chain != after.chain {
-                let target = if after.chain.is_some() {
-                    &mut chains
-                } else {
-                    &mut gone
-                };
-                target.push(Step::Chain {
-                    table,
-                    uplink: uplink.clone(),
-                    before: before.chain,
-                    after: after.chain,
-                });
-            }
+            let step = |name: &String, rules: Option<&Rules>| Step::Chain {
+                table,
+                chain: name.clone(),
+                before: before.chains.get(name).cloned(),
+                after: rules.cloned(),
+            };
+            let new = after.chains.iter().rev();
+            let new = new.filter(|(name, rules)| before.chains.get(*name) != Some(rules));
+            chains.extend(new.map(|(name, rules)| step(name, Some(rules))));
+            let old = before.chains.keys();
+            let old = old.filter(|name| !after.chains.contains_key(*name));
+            gone.extend(old.map(|name| step(name, None)));
         }
         steps.extend(chains.into_iter().chain(entries).chain(gone));
     }
@@ -417,6 +417,8 @@ fn differ<'a, T: Ord>(before: &'a [T], after: &'a [T]) -> (Vec<&'a T>, Vec<&'a T
 
 #[cfg(test)]
 mod tests {
+    use std::rc::Rc;
+
     use super::*;
 
     /// All chains of up to three rules, of three kinds; and none.
@@ -470,9 +472,9 @@ mod tests {
             for after in chains().into_iter().filter(|after| *after != before) {
                 let step = Step::Chain {
                     table: Table::Nat,
-                    uplink: UplinkName::parse("isp0").expect("a name"),
-                    before: before.clone(),
-                    after: after.clone(),
+                    chain: "mh-isp0".into(),
+                    before: before.clone().map(Rc::new),
+                    after: after.clone().map(Rc::new),
                 };
                 let mut mending = step.commands();
                 mending.sort_by_key(|(change, _)| *change != Change::Delete);
@@ -497,9 +499,9 @@ mod tests {
             before.remove(missing);
             let step = Step::Chain {
                 table: Table::Nat,
-                uplink: UplinkName::parse("isp0").expect("a name"),
-                before: Some(before),
-                after: Some(rules.to_vec()),
+                chain: "mh-isp0".into(),
+                before: Some(Rc::new(before)),
+                after: Some(Rc::new(rules.to_vec())),
             };
             let mending = step.commands();
             let commands: Vec<String> = mending

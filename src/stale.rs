@@ -75,15 +75,14 @@ pub fn stale<'a>(
 fn dnats(name: &UplinkName, state: &State) -> Vec<Dnat> {
     let share = state.tables.get(&(Table::Nat, name.clone()));
     let rules = share
-        .iter()
-        .filter_map(|share| share.chain.as_ref())
-        .flatten();
+        .into_iter()
+        .flat_map(|share| iptables::in_order(name, share));
     rules.filter_map(iptables::dnat).collect()
 }
 
 fn mark(name: &UplinkName, state: &State) -> Option<FwMark> {
     let share = state.tables.get(&(Table::Mangle, name.clone()))?;
-    share.chain.iter().flatten().find_map(iptables::connmark)
+    share.rules().find_map(iptables::connmark)
 }
 
 /// What one uplink makes of a flow.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::Ipv4Addr;
+use std::rc::Rc;
 
 use anyhow::{Result, bail, ensure};
 use ipnetwork::Ipv4Network;
@@ -70,10 +71,22 @@ impl UplinkName {
         format!("{PREFIX}{self}")
     }
 
-    /// The uplink that a chain's name or a comment names, if it is one of ours. Text may follow
-    /// the name behind a space.
-    pub fn from_chain(text: &str) -> Option<Self> {
-        let name = text.strip_prefix(PREFIX)?.split(' ').next()?;
+    /// The chain below this uplink's, with a name of letters and digits: `mh-isp0.tcp20000`.
+    pub fn subchain(&self, name: &str) -> String {
+        format!("{}.{name}", self.chain())
+    }
+
+    /// The uplink whose chain has this name, or one below it.
+    pub fn of_chain(chain: &str) -> Option<Self> {
+        let name = chain.strip_prefix(PREFIX)?;
+        let (name, below) = name.split_once('.').unwrap_or((name, "0"));
+        let is_plain = !below.is_empty() && below.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        Self::parse(name).ok().filter(|_| is_plain)
+    }
+
+    /// The uplink whose name a comment starts with. Text may follow the name behind a space.
+    pub fn of_comment(comment: &str) -> Option<Self> {
+        let name = comment.strip_prefix(PREFIX)?.split(' ').next()?;
         Self::parse(name).ok()
     }
 }
@@ -232,18 +245,26 @@ impl fmt::Display for Table {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rulespec(pub String);
 
+/// The rules of a chain, in order. There may be thousands, and they go from hand to hand.
+pub type Rules = Rc<Vec<Rulespec>>;
+
 /// What one uplink has in one table of iptables.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Share {
-    /// The rules of the uplink's own chain, in order; none where there is no such chain.
-    pub chain: Option<Vec<Rulespec>>,
+    /// The uplink's own chain and those below it, by their names.
+    pub chains: BTreeMap<String, Rules>,
     /// The uplink's entries in other chains, as (chain, rule). Doubles count.
     pub entries: Vec<(String, Rulespec)>,
 }
 
 impl Share {
     fn is_empty(&self) -> bool {
-        self.chain.is_none() && self.entries.is_empty()
+        self.chains.is_empty() && self.entries.is_empty()
+    }
+
+    /// The rules of all its chains, chain by chain.
+    pub fn rules(&self) -> impl Iterator<Item = &Rulespec> {
+        self.chains.values().flat_map(|rules| rules.iter())
     }
 }
 

@@ -8,10 +8,10 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::Serialize;
 
+use crate::chains::dnat;
 use crate::claim::{self, Addressed, Part};
 use crate::config::{self, Config, Protocol, Uplink};
 use crate::conntrack::Flow;
-use crate::desired::dnat;
 use crate::plan::{Change, plan};
 use crate::report::{Report, Style, Tone, align};
 use crate::ruleset::Ruleset;
@@ -216,7 +216,7 @@ fn forwards(
         }
     }
     let statuses = uplink.forwards.iter().enumerate().map(|(index, forward)| {
-        let rules: BTreeSet<String> = dnat(forward).into_iter().map(|spec| spec.0).collect();
+        let rules: BTreeSet<String> = dnat(forward).map(|(_, spec)| spec.0).collect();
         let standing = rules.iter().filter_map(|spec| counters.get(spec));
         let counter = standing.copied().reduce(Counter::plus);
         let open = tracked.map(|_| open.remove(&index).unwrap_or_default());
@@ -248,11 +248,12 @@ impl Counter {
     }
 }
 
-/// What the rules of the uplink's nat chain have counted, by their text. Doubles count together.
+/// What the rules of the uplink's nat chains have counted, by their text. Doubles count together.
 fn counters(name: &UplinkName, ruleset: &Ruleset) -> BTreeMap<String, Counter> {
     let mut counters: BTreeMap<String, Counter> = BTreeMap::new();
-    let chain = ruleset.chain("nat", &name.chain());
-    for rule in chain.iter().flat_map(|chain| &chain.rules) {
+    let chains = ruleset.tables.get("nat").into_iter().flatten();
+    let own = chains.filter(|(chain, _)| UplinkName::of_chain(chain).as_ref() == Some(name));
+    for rule in own.flat_map(|(_, chain)| &chain.rules) {
         let counter = counters.entry(rule.spec()).or_default();
         *counter = counter.plus(Counter {
             packets: rule.packets,

@@ -217,7 +217,7 @@ fn a_comment_of_several_lines_is_one_rule() {
         -A mh-isp0 -j RETURN\nCOMMIT\n";
     let shares = mh_hook::iptables::parse(save).expect("it is whole");
     let share = shares.values().next().expect("the chain of isp0");
-    assert_eq!(share.chain.as_ref().map(Vec::len), Some(1), "{share:?}");
+    assert_eq!(share.rules().count(), 1, "{share:?}");
     assert_eq!(share.entries.len(), 0, "{share:?}");
     let ruleset = Ruleset::parse(&save.replace("-A PREROUTING", "[1:2] -A PREROUTING"));
     let chain = ruleset.chain("nat", "PREROUTING").expect("the chain");

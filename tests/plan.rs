@@ -115,11 +115,7 @@ fn observe(listing: &str, save: &str) -> State {
     let tables = iptables::parse(save).expect("what iptables-save prints");
     // In these cases what the note in a chain says of the interface is so.
     let note = |(key, share): (&(Table, UplinkName), &mh_hook::state::Share)| {
-        let before = share
-            .chain
-            .iter()
-            .flatten()
-            .find_map(iptables::parse_loose_note)?;
+        let before = share.rules().find_map(iptables::parse_loose_note)?;
         let interface = claim::interfaces(share).next()?;
         Some(Loose {
             uplink: key.1.clone(),
@@ -182,22 +178,26 @@ fn carry_out(step: Step, wanted: &State, state: &mut State) {
         }
         Step::Chain {
             table,
-            uplink,
+            chain,
             before,
             after,
         } => {
-            let share = state.tables.entry((table, uplink.clone())).or_default();
-            assert_eq!(share.chain, before);
-            let jump = format!("-j {}", uplink.chain());
-            let jumped_to = share
-                .entries
-                .iter()
-                .any(|(_, spec)| spec.0.ends_with(&jump));
+            let uplink = UplinkName::of_chain(&chain).expect("it names its uplink");
+            let share = state.tables.entry((table, uplink)).or_default();
+            assert_eq!(share.chains.get(&chain), before.as_ref());
+            let jump = format!("-j {chain}");
+            let entries = share.entries.iter().map(|(_, spec)| spec);
+            let jumped_to = entries
+                .chain(share.rules())
+                .any(|spec| spec.0.ends_with(&jump));
             assert!(
                 after.is_some() || !jumped_to,
-                "{uplink}: a chain goes that an entry jumps to"
+                "{chain}: a chain goes that an entry jumps to"
             );
-            share.chain = after;
+            match after {
+                Some(rules) => share.chains.insert(chain, rules),
+                None => share.chains.remove(&chain),
+            };
         }
         Step::Entry(change, table, chain, spec) => {
             let mut owners = state.tables.iter_mut().filter(|((of, _), _)| *of == table);
@@ -213,7 +213,9 @@ fn carry_out(step: Step, wanted: &State, state: &mut State) {
                     .1
                     .0
                     .split(' ')
-                    .find_map(UplinkName::from_chain)
+                    .find_map(|word| {
+                        UplinkName::of_chain(word).or_else(|| UplinkName::of_comment(word))
+                    })
                     .expect("it names its uplink");
                 let share = state.tables.entry((table, owner)).or_default();
                 share.entries.push(entry);

@@ -12,7 +12,7 @@ use crate::config::{Forward, Protocol, Uplink};
 use crate::iptables;
 use crate::observed;
 use crate::plan::plan;
-use crate::state::{PREFIX, State, Table, UplinkName};
+use crate::state::{State, Table, UplinkName};
 use crate::system::System;
 
 use super::routing::Targets;
@@ -164,8 +164,10 @@ fn journey(view: &View, case: &Case, dropped: &mut Dropped) -> Vec<Finding> {
 
 /// Whether a rule stands in a chain of ours, or names one in its comment.
 fn is_ours(place: &Place) -> bool {
-    let named = |text: &str| UplinkName::from_chain(text).is_some();
-    named(place.chain) || place.rule.value("--comment").is_some_and(named)
+    let comment = place.rule.value("--comment");
+    UplinkName::of_chain(place.chain)
+        .or_else(|| UplinkName::of_comment(comment?))
+        .is_some()
 }
 
 /// A rule that is not ours took the mark away, or may.
@@ -364,13 +366,14 @@ pub fn backends(system: &System) -> Result<Vec<Finding>> {
     }
     let chains = ruleset.tables.values().flatten();
     let is_others = |rule: &&crate::ruleset::Rule| {
-        !rule
-            .words
-            .iter()
-            .any(|word| word.starts_with(PREFIX) && UplinkName::from_chain(word).is_some())
+        !rule.words.iter().any(|word| {
+            UplinkName::of_chain(word)
+                .or_else(|| UplinkName::of_comment(word))
+                .is_some()
+        })
     };
     let others = chains
-        .filter(|(name, _)| UplinkName::from_chain(name).is_none())
+        .filter(|(name, _)| UplinkName::of_chain(name).is_none())
         .flat_map(|(_, chain)| &chain.rules)
         .filter(is_others)
         .count();

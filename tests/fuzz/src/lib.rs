@@ -78,7 +78,7 @@ pub fn config(data: &[u8]) {
     assert_eq!(read.rules, all.rules);
     for name in config.uplinks.keys() {
         for forward in &config.uplinks[name].forwards {
-            for spec in mh_hook::desired::dnat(forward) {
+            for (_, spec) in mh_hook::chains::dnat(forward) {
                 assert!(tables::dnat(&spec).is_some(), "{spec:?}");
             }
         }
@@ -109,7 +109,7 @@ pub fn iptables(data: &[u8]) {
         literal(&steps);
         // A kernel declares its chains ahead of their rules; where that is not so, a rule of a chain is somebody's entry.
         let mut entries = state.tables.values().flat_map(|share| &share.entries);
-        if entries.all(|(chain, _)| UplinkName::from_chain(chain).is_none()) {
+        if entries.all(|(chain, _)| UplinkName::of_chain(chain).is_none()) {
             assert_eq!(
                 tables::parse(&save(&state)).expect("our own rules"),
                 state.tables
@@ -130,7 +130,7 @@ pub fn iptables(data: &[u8]) {
 
 fn specs(share: &Share) -> impl Iterator<Item = &mh_hook::state::Rulespec> {
     let entries = share.entries.iter().map(|(_, spec)| spec);
-    share.chain.iter().flatten().chain(entries)
+    share.rules().chain(entries)
 }
 
 /// The most rules that a packet meets in the listings that are walked.
@@ -227,14 +227,16 @@ fn save(state: &State) -> String {
     for table in [Table::Mangle, Table::Nat, Table::Filter] {
         let shares = || state.tables.iter().filter(|((of, _), _)| *of == table);
         let _ = writeln!(text, "*{table}");
-        for ((_, uplink), share) in shares() {
-            if share.chain.is_some() {
-                let _ = writeln!(text, ":{} - [0:0]", uplink.chain());
+        for (_, share) in shares() {
+            for chain in share.chains.keys() {
+                let _ = writeln!(text, ":{chain} - [0:0]");
             }
         }
-        for ((_, uplink), share) in shares() {
-            for spec in share.chain.iter().flatten() {
-                let _ = writeln!(text, "-A {} {}", uplink.chain(), spec.0);
+        for (_, share) in shares() {
+            for (chain, rules) in &share.chains {
+                for spec in rules.iter() {
+                    let _ = writeln!(text, "-A {chain} {}", spec.0);
+                }
             }
             for (chain, spec) in &share.entries {
                 let _ = writeln!(text, "-A {chain} {}", spec.0);
@@ -487,7 +489,7 @@ pub fn event(call: &Call) {
             assert_eq!(address.to_string(), text);
         }
         if let Ok(name) = UplinkName::parse(&text) {
-            assert_eq!(UplinkName::from_chain(&name.chain()), Some(name));
+            assert_eq!(UplinkName::of_chain(&name.chain()), Some(name));
         }
     }
     let mut args = call.args.iter().cloned();
