@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use crate::config::{Config, Uplink};
 use crate::desired::{Up, desired};
 use crate::iptables;
-use crate::state::{FwMark, IfName, Loose, Share, State, TableId, UplinkName};
+use crate::state::{FwMark, IfName, Loose, Share, State, Table, TableId, UplinkName};
 
 /// An uplink's link that has an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,7 +150,11 @@ fn tables(config: Option<&Config>, state: &State) -> BTreeMap<TableId, UplinkNam
                 .map(|routing| (routing.table, name.clone())),
         );
     }
-    for ((_, uplink), share) in &state.tables {
+    let mangle = state
+        .tables
+        .iter()
+        .filter(|((of, _), _)| *of == Table::Mangle);
+    for ((_, uplink), share) in mangle {
         let marks: Vec<FwMark> = share.rules().filter_map(iptables::connmark).collect();
         let marked = state
             .rules

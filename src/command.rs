@@ -84,6 +84,24 @@ pub struct Output {
     pub stderr: String,
 }
 
+/// Whether rules are listed with the packets and bytes that they have counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counters {
+    /// They are.
+    Shown,
+    /// They are not.
+    Hidden,
+}
+
+impl Counters {
+    fn args(self) -> &'static [&'static str] {
+        match self {
+            Self::Shown => &["-c"],
+            Self::Hidden => &[],
+        }
+    }
+}
+
 /// Whether `ip -batch` stops at the first line that fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnError {
@@ -132,19 +150,16 @@ impl Tools {
         })
     }
 
-    /// The answers to a batch of `ip` questions: `ip -4 -N -batch -`. Numbers, since names of
-    /// tables and protocols are this machine's own (/etc/iproute2).
+    /// The answers to a batch of `ip` questions, and all rules of all tables with what they have counted,
+    /// if so: both tools at the same time. Of `ip` numbers, since names of tables and protocols are this
+    /// machine's own (/etc/iproute2).
     ///
     /// # Errors
-    /// It can't be run or fails.
-    pub fn ip_list(&self, questions: &str) -> Result<String> {
-        let output = self.run(&self.ip, &["-4", "-N", "-batch", "-"], questions)?;
-        ensure!(
-            output.status.success(),
-            "ip -4 -N -batch -: {}",
-            output.failure()
-        );
-        Ok(output.stdout)
+    /// One can't be run or fails.
+    pub fn list(&self, questions: &str, counters: Counters) -> Result<(String, String)> {
+        let ip = self.start(&self.ip, &["-4", "-N", "-batch", "-"], questions)?;
+        let save = self.start(&self.save, counters.args(), "")?;
+        Ok((ip.answer()?, save.answer()?))
     }
 
     /// Carries out a batch of `ip` lines.
@@ -196,23 +211,8 @@ impl Tools {
     ///
     /// # Errors
     /// It can't be run or fails.
-    pub fn iptables_save(&self) -> Result<String> {
-        self.listing(&self.save, &[])
-    }
-
-    /// The same with counters.
-    ///
-    /// # Errors
-    /// It can't be run or fails.
-    pub fn iptables_counters(&self) -> Result<String> {
-        self.listing(&self.save, &["-c"])
-    }
-
-    fn listing(&self, path: &Path, args: &[&str]) -> Result<String> {
-        let output = self.run(path, args, "")?;
-        let name = path.file_name().unwrap_or_default().display();
-        ensure!(output.status.success(), "{name}: {}", output.failure());
-        Ok(output.stdout)
+    pub fn iptables_save(&self, counters: Counters) -> Result<String> {
+        self.start(&self.save, counters.args(), "")?.answer()
     }
 
     /// The names of all tables of nftables, where its tool is installed.
@@ -221,7 +221,10 @@ impl Tools {
     /// It can't be run or fails.
     pub fn nft_tables(&self) -> Result<Option<String>> {
         match find("nft", "nftables") {
-            Ok(path) => self.listing(&path, &["list", "tables"]).map(Some),
+            Ok(path) => self
+                .start(&path, &["list", "tables"], "")?
+                .answer()
+                .map(Some),
             Err(_) => Ok(None),
         }
     }
@@ -285,22 +288,20 @@ impl Tools {
     }
 
     fn run(&self, path: &Path, args: &[&str], input: &str) -> Result<Output> {
-        let name = [
-            &[path
-                .file_name()
-                .unwrap_or_default()
-                .to_str()
-                .unwrap_or_default()],
-            args,
-        ]
-        .concat()
-        .join(" ");
+        self.start(path, args, input)?.finish()
+    }
+
+    fn start(&self, path: &Path, args: &[&str], input: &str) -> Result<Running> {
+        let name = path.file_name().unwrap_or_default();
+        let name = [&[name.to_str().unwrap_or_default()], args]
+            .concat()
+            .join(" ");
         let limit = self.limit();
         ensure!(
             !limit.is_zero(),
             "{name}: not run: the time for this call is over"
         );
-        let mut child = Command::new(path)
+        let child = Command::new(path)
             .args(args)
             .env_clear()
             .env("LC_ALL", "C")
@@ -312,14 +313,44 @@ impl Tools {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("run {}", path.display()))?;
-        let output = finish(&mut child, Instant::now() + limit);
-        if output.is_err() {
-            let group = Pid::from_raw(i32::try_from(child.id()).expect("a process id fits pid_t"));
-            // It may have ended in between, which is as well.
-            let _ = killpg(group, Signal::SIGKILL);
-            let _ = child.wait();
+        Ok(Running {
+            name,
+            child,
+            until: Instant::now() + limit,
+        })
+    }
+}
+
+/// A tool that runs. Stopped where nobody waits for its end.
+struct Running {
+    name: String,
+    child: Child,
+    until: Instant,
+}
+
+impl Running {
+    fn finish(mut self) -> Result<Output> {
+        finish(&mut self.child, self.until).with_context(|| self.name.clone())
+    }
+
+    /// What it prints; a failure is an error.
+    fn answer(self) -> Result<String> {
+        let name = self.name.clone();
+        let output = self.finish()?;
+        ensure!(output.status.success(), "{name}: {}", output.failure());
+        Ok(output.stdout)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(Some(_))) {
+            return;
         }
-        output.with_context(|| name)
+        let group = Pid::from_raw(i32::try_from(self.child.id()).expect("a process id fits pid_t"));
+        // It may have ended in between, which is as well.
+        let _ = killpg(group, Signal::SIGKILL);
+        let _ = self.child.wait();
     }
 }
 

@@ -55,7 +55,7 @@ fn end_of_quoted(text: &str) -> usize {
 /// # Errors
 /// It is not of the form that iptables-save prints, or is cut off.
 pub fn parse(save: &str) -> Result<BTreeMap<(Table, UplinkName), Share>> {
-    let mut shares: BTreeMap<(Table, UplinkName), Share> = BTreeMap::new();
+    let mut listing = Listing::default();
     let mut table = None;
     let mut committed = true;
     for line in lines(save) {
@@ -67,8 +67,8 @@ pub fn parse(save: &str) -> Result<BTreeMap<(Table, UplinkName), Share>> {
             && line.contains(PREFIX)
         {
             // Only lines that could be ours are taken apart: there may be 10,000 others.
-            entry(line, table, &mut shares)
-                .with_context(|| format!("read what iptables-save prints: {line:?}"))?;
+            let read = listing.line(line, table);
+            read.with_context(|| format!("read what iptables-save prints: {line:?}"))?;
         } else {
             anyhow::ensure!(
                 !committed || line.is_empty() || line.starts_with('#'),
@@ -78,59 +78,69 @@ pub fn parse(save: &str) -> Result<BTreeMap<(Table, UplinkName), Share>> {
         }
     }
     anyhow::ensure!(committed, "iptables-save ended in the middle of a table");
+    let mut shares = listing.shares;
+    for ((table, chain), (uplink, rules)) in listing.chains {
+        let share = shares.entry((table, uplink)).or_default();
+        share.chains.insert(chain.to_owned(), Rc::new(rules));
+    }
     Ok(shares)
 }
 
-fn entry(
-    line: &str,
-    table: Table,
-    shares: &mut BTreeMap<(Table, UplinkName), Share>,
-) -> Result<()> {
-    if let Some(declared) = line.strip_prefix(':') {
-        let chain = declared.split(' ').next().unwrap_or_default();
-        if let Some(uplink) = UplinkName::of_chain(chain) {
-            let share = shares.entry((table, uplink)).or_default();
-            share.chains.entry(chain.to_owned()).or_default();
+/// Ours of what has been read so far.
+#[derive(Default)]
+struct Listing<'a> {
+    chains: BTreeMap<(Table, &'a str), (UplinkName, Vec<Rulespec>)>,
+    /// The entries in other chains.
+    shares: BTreeMap<(Table, UplinkName), Share>,
+}
+
+impl<'a> Listing<'a> {
+    fn line(&mut self, line: &'a str, table: Table) -> Result<()> {
+        if let Some(declared) = line.strip_prefix(':') {
+            let chain = declared.split(' ').next().unwrap_or_default();
+            if let Some(uplink) = UplinkName::of_chain(chain) {
+                self.chains
+                    .entry((table, chain))
+                    .or_insert((uplink, Vec::new()));
+            }
+            return Ok(());
         }
-        return Ok(());
+        let Some(rest) = line.strip_prefix("-A ") else {
+            return Ok(());
+        };
+        let (chain, spec) = rest.split_once(' ').unwrap_or((rest, ""));
+        if let Some((_, rules)) = self.chains.get_mut(&(table, chain)) {
+            rules.push(rulespec(spec)?);
+            return Ok(());
+        }
+        let words = words(spec)?;
+        let owner = words.windows(2).find_map(|pair| match pair[0].as_str() {
+            "-j" | "-g" => UplinkName::of_chain(&pair[1]),
+            "--comment" => UplinkName::of_comment(&pair[1]),
+            _ => None,
+        });
+        if let Some(uplink) = owner {
+            let entry = (chain.to_owned(), Rulespec(join(&words)));
+            let share = self.shares.entry((table, uplink)).or_default();
+            share.entries.push(entry);
+        }
+        Ok(())
     }
-    let Some(rest) = line.strip_prefix("-A ") else {
-        return Ok(());
-    };
-    let (chain, spec) = rest.split_once(' ').unwrap_or((rest, ""));
-    if let Some(uplink) = UplinkName::of_chain(chain)
-        && let Some(rules) = shares
-            .get_mut(&(table, uplink))
-            .and_then(|share| share.chains.get_mut(chain))
-    {
-        Rc::make_mut(rules).push(rulespec(spec)?);
-        return Ok(());
-    }
-    let words = words(spec)?;
-    let owner = words.windows(2).find_map(|pair| match pair[0].as_str() {
-        "-j" | "-g" => UplinkName::of_chain(&pair[1]),
-        "--comment" => UplinkName::of_comment(&pair[1]),
-        _ => None,
-    });
-    if let Some(uplink) = owner {
-        let entry = (chain.to_owned(), Rulespec(join(&words)));
-        shares
-            .entry((table, uplink))
-            .or_default()
-            .entries
-            .push(entry);
-    }
-    Ok(())
 }
 
 /// The rule in the one form that we compare.
 fn rulespec(text: &str) -> Result<Rulespec> {
-    // Plain words stand in that form already: there may be 10,000 such rules.
-    let is_plain = text
-        .bytes()
-        .all(|byte| byte == b' ' || is_plain(byte.into()));
-    let is_apart = text.split(' ').all(|word| !word.is_empty());
-    if is_plain && is_apart && !text.contains("-p gre") {
+    // Plain words, one space apart, stand in that form already: there may be 10,000 such rules.
+    let mut last = b' ';
+    let is_in_form = text.bytes().all(|byte| {
+        let fits = match byte {
+            b' ' => last != b' ',
+            _ => is_plain(byte.into()),
+        };
+        last = byte;
+        fits
+    });
+    if is_in_form && last != b' ' && !text.contains("-p gre") {
         return Ok(Rulespec(text.to_owned()));
     }
     Ok(Rulespec(join(&words(text)?)))

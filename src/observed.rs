@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::command::{Backend, Tools};
+use crate::command::{Backend, Counters, Tools};
 use crate::ip::Listing;
 use crate::state::{Loose, State, Table};
 use crate::{claim, ip, iptables, link, netlink};
@@ -16,8 +16,9 @@ use crate::{claim, ip, iptables, link, netlink};
 /// # Errors
 /// A tool can't be run or fails, or says what can't be read.
 pub fn observe(tools: &Tools) -> Result<State> {
-    let Listing { routes, rules } = ip::parse(&tools.ip_list(ip::QUESTIONS)?)?;
-    let tables = iptables::parse(&tools.iptables_save()?)?;
+    let (listing, save) = tools.list(ip::QUESTIONS, Counters::Hidden)?;
+    let Listing { routes, rules } = ip::parse(&listing)?;
+    let tables = iptables::parse(&save)?;
     let mut loose = BTreeSet::new();
     for ((table, uplink), share) in &tables {
         let note = share.rules().find_map(iptables::parse_loose_note);
@@ -47,7 +48,7 @@ pub fn observe(tools: &Tools) -> Result<State> {
 /// The tool fails, or says what can't be read.
 pub fn in_backend(tools: &Tools) -> Result<State> {
     Ok(State {
-        tables: iptables::parse(&tools.iptables_save()?)?,
+        tables: iptables::parse(&tools.iptables_save(Counters::Hidden)?)?,
         ..State::default()
     })
 }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::geteuid;
 
 use crate::claim::{self, Looks};
-use crate::command::{Backend, Tools};
+use crate::command::{Backend, Counters, Tools};
 use crate::config::Config;
 use crate::conntrack::{self, Flow};
 use crate::ip::{self, Survey, Way};
@@ -55,13 +55,14 @@ impl System {
         let tools = Tools::find(Instant::now() + LIMIT)?;
         drop_all_but_needed(tools.backend);
         let observed = observe(&tools)?;
-        let survey = ip::survey(&tools.ip_list(ip::SURVEY)?);
-        let mut rulesets = vec![(tools.backend, Ruleset::parse(&tools.iptables_counters()?))];
+        let (listing, save) = tools.list(ip::SURVEY, Counters::Shown)?;
+        let survey = ip::survey(&listing);
+        let mut rulesets = vec![(tools.backend, Ruleset::parse(&save))];
         if let Some(other) = tools
             .other()
             .filter(|other| observed::has_tables(other.backend))
         {
-            let ruleset = Ruleset::parse(&other.iptables_counters()?);
+            let ruleset = Ruleset::parse(&other.iptables_save(Counters::Shown)?);
             if !ruleset.is_empty() {
                 rulesets.push((other.backend, ruleset));
             }
