@@ -60,7 +60,8 @@ packets_lab() {
     in_ns server iperf3 --server --port "$FLOW_PORT" >/dev/null &
     pids=($!)
     in_ns server /usr/bin/python3 -c '
-import socket, sys
+import os, socket, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 with socket.create_server(("", int(sys.argv[1])), backlog=128) as listener:
     while True:
         listener.accept()[0].close()' "$ANSWER_PORT" &
@@ -130,20 +131,35 @@ packets_mh_hook() {
 
 ## Measuring
 
-# packets_rate ADDRESS [--reverse]: small UDP packets of one flow that arrive in a second, from the client or to it.
+# packets_rate ADDRESS [--reverse]: small UDP packets of one flow, from the client or to it, that a processor forwards in
+# a second. All the way through the router is the sender's own system call, so that its processor time is what the
+# packets took, whatever else the machine does at the time; a busy machine would only lose some at the receiver.
 packets_rate() {
+    local clock=processor
+    ! packets_interrupts_apart || clock=wall
     in_ns client iperf3 --client "$1" --port "$FLOW_PORT" "${@:2}" --udp --length 16 --bitrate 0 --time 1 --json \
         >"$LAB_DIR/flow" || lab_die "iperf3 $*: $(cat "$LAB_DIR/flow")"
-    /usr/bin/python3 -c '
+    /usr/bin/python3 - "$LAB_DIR/flow" "$clock" "${2-}" <<'END'
 import json, sys
-found = json.load(open(sys.argv[1]))["end"]["sum"]
-print((found["packets"] - found["lost_packets"]) / found["seconds"])' "$LAB_DIR/flow"
+found = json.load(open(sys.argv[1]))["end"]
+sent, used = found["sum_sent"], found["cpu_utilization_percent"]
+sender = used["remote_total" if sys.argv[3] else "host_total"] / 100
+print(sent["packets"] / sent["seconds"] / (sender if sys.argv[2] == "processor" else 1))
+END
+}
+
+# Whether the kernel takes the time of forwarding off the sender's; then only an idle machine measures well.
+packets_interrupts_apart() {
+    { cat "/boot/config-$(uname -r)" || zcat /proc/config.gz; } 2>/dev/null |
+        grep -c '^CONFIG_IRQ_TIME_ACCOUNTING=y' >/dev/null
 }
 
 # packets_answer accepted|refused ADDRESS PORT: µs until a new connection has this answer, the median of many.
 packets_answer() {
     in_ns client /usr/bin/python3 - "$@" <<'END'
-import socket, statistics, struct, sys, time
+import os, socket, statistics, struct, sys, time
+# On the listener's processor: to wake another one would take longer than all the rest.
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 expected, address, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
 found = []
 for _ in range(300):
