@@ -7,10 +7,11 @@
 PACKETS_ROUNDS=${PACKETS_ROUNDS:-3}
 PACKETS_UPLINKS=(10 100)
 # The last forward's ports at the server: one for iperf3, one whose connections are accepted and closed.
-FLOW_PORT=5201
-ANSWER_PORT=5202
-# Refused by the router itself: no forward has it.
-NO_PORT=9
+FLOW_PORT=30097
+ANSWER_PORT=30098
+# Refused by the router itself, since no forward has it. All others' ports are lower, without a gap, so that it is the
+# worst case too where forwards are looked for by the hundred.
+NO_PORT=30099
 
 # bench_packets BACKEND FORWARDS…
 bench_packets() {
@@ -33,17 +34,25 @@ bench_packets() {
 # packets_case none|typed|mh-hook UPLINKS FORWARDS
 packets_case() {
     local to=203.0.113.10
+    local -a of=("$backend" "$@")
     packets_lab
     case $1 in
         none) packets_straight && to=192.168.0.2 ;;
         typed) packets_typed "$3" ;;
         mh-hook) packets_mh_hook "$2" "$3" ;;
     esac
-    note packets "$backend" "$1" "$2" "$3" in "$(packets_rate "$to")"
-    note packets "$backend" "$1" "$2" "$3" out "$(packets_rate "$to" --reverse)"
+    packets_note in packets_rate "$to"
+    packets_note out packets_rate "$to" --reverse
     [[ $1 != none ]] || return 0
-    note packets "$backend" "$1" "$2" "$3" last "$(packets_answer accepted "$to" "$ANSWER_PORT")"
-    note packets "$backend" "$1" "$2" "$3" no "$(packets_answer refused "$to" "$NO_PORT")"
+    packets_note last packets_answer accepted "$to" "$ANSWER_PORT"
+    packets_note no packets_answer refused "$to" "$NO_PORT"
+}
+
+# packets_note WHAT COMMAND…: what the command prints, as a result of the case.
+packets_note() {
+    local value
+    value=$("${@:2}")
+    note packets "${of[@]}" "$1" "$value"
 }
 
 ## The lab
@@ -84,7 +93,7 @@ packets_forwards() {
     local i
     for ((i = 1; i < $1; i++)); do
         # shellcheck disable=SC2059 # a format it is
-        printf -- "$2\n" "$((20000 + i))" "$((2 + i % 250))"
+        printf -- "$2\n" "$((FLOW_PORT - $1 + i))" "$((2 + i % 250))"
     done
     printf '%s\n' "${@:3}"
 }
