@@ -48,8 +48,8 @@ typed() {
 
 ## Measuring
 
-# note NAME VALUE
-note() { printf '%s\t%s\t%s\t%s\n' "$BACKEND" "$FORWARDS" "$1" "$2" >>"$LAB_DIR/results"; }
+# result NAME VALUE
+result() { note processes "$BACKEND" "$FORWARDS" "$1" "$2"; }
 
 # measure NAME PREPARE COMMAND…: the median in ms, each run after PREPARE, a script; of several commands the sum.
 measure() {
@@ -59,7 +59,7 @@ measure() {
     in_ns router hyperfine --shell=none --style=none --warmup 1 --runs "$RUNS" --prepare "$DIR/prepare" \
         --export-json "$DIR/result.json" "${@:3}" >/dev/null 2>"$DIR/hyperfine.log" ||
         lab_die "$name: $(cat "$DIR/hyperfine.log")"
-    note "$name" "$(/usr/bin/python3 -c '
+    result "$name" "$(/usr/bin/python3 -c '
 import json, sys
 print(1000 * sum(r["median"] for r in json.load(open(sys.argv[1]))["results"]))' "$DIR/result.json")"
 }
@@ -132,3 +132,23 @@ foreign_rules() {
     in_ns router /usr/sbin/iptables-restore --noflush "$DIR/foreign"
 }
 
+
+# bench_processes BACKEND FORWARDS…
+bench_processes() {
+    local -a numbers=("${@:2}")
+    DIR=$LAB_DIR/bench
+    mkdir -p "$DIR"
+    if [[ ! -e /run/netns/router ]]; then lab_net; lab_links; fi
+    BACKEND=$1
+    for FORWARDS in "${numbers[@]}"; do
+        RUNS=$((FORWARDS > 1000 ? 5 : FORWARDS > 100 ? 15 : 40))
+        bench_forwards
+    done
+    result "peak memory" "$(peak_memory)"
+    mh_hook -q down ppp0
+    foreign_rules
+    BACKEND="$1, 10,000 foreign rules" FORWARDS=1 RUNS=10
+    bench_forwards
+    in_ns router /usr/sbin/iptables -F
+    in_ns router /usr/sbin/iptables -X
+}

@@ -102,9 +102,10 @@ def main(results, target):
     values = {}
     with open(results, encoding="utf-8") as lines:
         for line in lines:
-            if line.startswith("packets\t"):
+            part, *columns = line.rstrip("\n").split("\t")
+            if part != "processes":
                 continue
-            backend, forwards, name, value = line.rstrip("\n").split("\t")
+            backend, forwards, name, value = columns
             values.setdefault((backend, int(forwards)), {})[name] = float(value)
     rows = []
     for (backend, forwards), found in values.items():
