@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 
 use anyhow::{Error, Result, anyhow};
+use log::{Level, info, log};
 
 use crate::command::{OnError, Tools};
 use crate::ip;
@@ -23,10 +24,23 @@ pub struct Outcome {
     pub errors: Vec<Error>,
 }
 
+/// How many changes are told one by one, and the others in their number: a journal drops what comes after
+/// 10,000 messages in 30 seconds (`RateLimitBurst=`, journald.conf(5)), and the last is the summary.
+const MAX_TOLD: usize = 100;
+
 impl Outcome {
     fn done(&mut self, step: &Step, tools: &Tools) {
         for (change, command) in step.changes() {
-            log::info!("{}", command.by(tools.iptables));
+            let level = match self.added + self.removed {
+                0..MAX_TOLD => Level::Info,
+                told => {
+                    if told == MAX_TOLD {
+                        info!("more than {MAX_TOLD} changes: -v tells each");
+                    }
+                    Level::Debug
+                }
+            };
+            log!(level, "{}", command.by(tools.iptables));
             match change {
                 Change::Add | Change::Replace => self.added += 1,
                 Change::Delete => self.removed += 1,

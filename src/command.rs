@@ -12,6 +12,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, killpg};
@@ -22,6 +23,9 @@ const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
 /// How long one command may take.
 const LIMIT: Duration = Duration::from_secs(10);
+
+/// How much a tool prints ahead, in bytes: as much as anybody may have (`/proc/sys/fs/pipe-max-size`, pipe(7)).
+const PIPE: i32 = 1 << 20;
 
 /// The most that a tool may print, in bytes: 10,000 rules are 1 MiB.
 const MAX_OUTPUT: usize = 64 << 20;
@@ -150,16 +154,16 @@ impl Tools {
         })
     }
 
-    /// The answers to a batch of `ip` questions, and all rules of all tables with what they have counted,
-    /// if so: both tools at the same time. Of `ip` numbers, since names of tables and protocols are this
-    /// machine's own (/etc/iproute2).
+    /// Asks for the answers to a batch of `ip` questions, and for all rules of all tables, at the same time.
+    /// Of `ip` for numbers, since names of tables and protocols are this machine's own (/etc/iproute2).
     ///
     /// # Errors
-    /// One can't be run or fails.
-    pub fn list(&self, questions: &str, counters: Counters) -> Result<(String, String)> {
-        let ip = self.start(&self.ip, &["-4", "-N", "-batch", "-"], questions)?;
-        let save = self.start(&self.save, counters.args(), "")?;
-        Ok((ip.answer()?, save.answer()?))
+    /// One can't be run.
+    pub fn ask(&self, questions: &str, counters: Counters) -> Result<Asked> {
+        Ok(Asked {
+            ip: self.start(&self.ip, &["-4", "-N", "-batch", "-"], questions)?,
+            save: self.start(&self.save, counters.args(), "")?,
+        })
     }
 
     /// Carries out a batch of `ip` lines.
@@ -313,6 +317,10 @@ impl Tools {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("run {}", path.display()))?;
+        if let Some(stdout) = &child.stdout {
+            // A tool need not wait for us to read; a smaller pipe does as well, but takes longer.
+            let _ = fcntl(stdout, FcntlArg::F_SETPIPE_SZ(PIPE));
+        }
         Ok(Running {
             name,
             child,
@@ -321,7 +329,25 @@ impl Tools {
     }
 }
 
+/// Both listings, on their way.
+#[derive(Debug)]
+pub struct Asked {
+    ip: Running,
+    save: Running,
+}
+
+impl Asked {
+    /// What `ip` and iptables-save print.
+    ///
+    /// # Errors
+    /// One fails, or not within its time.
+    pub fn answers(self) -> Result<(String, String)> {
+        Ok((self.ip.answer()?, self.save.answer()?))
+    }
+}
+
 /// A tool that runs. Stopped where nobody waits for its end.
+#[derive(Debug)]
 struct Running {
     name: String,
     child: Child,

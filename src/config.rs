@@ -364,7 +364,7 @@ fn read(path: &Path) -> Result<String> {
         u64::try_from(stat.st_size).is_ok_and(|size| size <= MAX_SIZE),
         "is larger than {MAX_SIZE} bytes"
     );
-    let mut bytes = Vec::new();
+    let mut bytes = Vec::with_capacity(usize::try_from(stat.st_size)?);
     File::from(file)
         .take(MAX_SIZE)
         .read_to_end(&mut bytes)

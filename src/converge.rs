@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 
 use crate::apply::{Outcome, apply};
 use crate::claim::{self, Addressed, Looks, Running};
-use crate::command::{OnError, Tools};
+use crate::command::{Asked, OnError, Tools};
 use crate::config::Config;
 use crate::conntrack::{self, Flow};
 use crate::link::Link;
@@ -43,13 +43,48 @@ pub enum Mode {
     DryRun,
 }
 
-/// Brings the kernel to what the request asks for. Without a configuration, because it does not
-/// hold, entries can only be removed.
+/// A call that has its turn: it holds the lock, and the tools list what stands.
+#[derive(Debug)]
+pub struct Turn {
+    started: Instant,
+    tools: Tools,
+    _lock: Option<Lock>,
+    asked: Asked,
+}
+
+impl Turn {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// A tool is missing or can't be run, or others' turns take too long.
+    pub fn take(mode: Mode) -> Result<Self> {
+        let started = Instant::now();
+        let tools = Tools::find(started + LIMIT)?;
+        drop_all_but_needed(tools.backend);
+        let lock = match mode {
+            Mode::Apply => Some(Lock::take(started + LOCK_LIMIT)?),
+            Mode::DryRun => None,
+        };
+        Ok(Self {
+            started,
+            asked: observed::ask(&tools)?,
+            tools,
+            _lock: lock,
+        })
+    }
+}
+
+/// Brings the kernel to what the request asks for, in the turn that has been taken, or in one of its own.
+/// Without a configuration, because it does not hold, entries can only be removed.
 ///
 /// # Errors
 /// The kernel could not be brought there, and why.
-pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Result<()> {
-    let started = Instant::now();
+pub fn converge(
+    request: &Request,
+    config: Option<&Config>,
+    mode: Mode,
+    turn: Option<Result<Turn>>,
+) -> Result<()> {
     if let Some((interface, config)) = request.interface().zip(config)
         && request.named(config)?.is_empty()
     {
@@ -63,19 +98,23 @@ pub fn converge(request: &Request, config: Option<&Config>, mode: Mode) -> Resul
         "must be root: the kernel's routing and iptables are to be read and changed"
     );
     let named = || request.to_string();
-    let tools = Tools::find(started + LIMIT).with_context(named)?;
-    drop_all_but_needed(tools.backend);
-    let _lock = match mode {
-        Mode::Apply => Some(Lock::take(started + LOCK_LIMIT).with_context(named)?),
-        Mode::DryRun => None,
-    };
+    let turn = turn.unwrap_or_else(|| Turn::take(mode));
+    let Turn {
+        started,
+        tools,
+        _lock,
+        asked,
+    } = turn.with_context(named)?;
+    let mut asked = Some(asked);
     let elsewhere = elsewhere(&tools);
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
     // What stood before the first change of which connections may be left behind.
     let mut before: Option<State> = None;
     for round in 0..ROUNDS {
-        let observed = observe(&tools)
+        let asked = asked.take().map_or_else(|| observed::ask(&tools), Ok);
+        let observed = asked
+            .and_then(observe)
             .map_err(|error| all(&total.errors, Some(error)))
             .with_context(named)?;
         let Some(looks) = look(request, config, &observed)? else {

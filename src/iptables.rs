@@ -199,7 +199,7 @@ pub fn join(words: &[String]) -> String {
 
 /// The value of the word behind `option`.
 fn option<'a>(spec: &'a Rulespec, option: &str) -> Option<&'a str> {
-    let mut words = spec.0.split(' ');
+    let mut words = spec.0.split_ascii_whitespace();
     words.find(|word| *word == option)?;
     words.next()
 }

@@ -6,17 +6,25 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::command::{Backend, Counters, Tools};
+use crate::command::{Asked, Backend, Counters, Tools};
 use crate::ip::Listing;
 use crate::state::{Loose, State, Table};
 use crate::{claim, ip, iptables, link, netlink};
 
-/// All entries of ours.
+/// Asks the tools for what stands.
 ///
 /// # Errors
-/// A tool can't be run or fails, or says what can't be read.
-pub fn observe(tools: &Tools) -> Result<State> {
-    let (listing, save) = tools.list(ip::QUESTIONS, Counters::Hidden)?;
+/// One can't be run.
+pub fn ask(tools: &Tools) -> Result<Asked> {
+    tools.ask(ip::QUESTIONS, Counters::Hidden)
+}
+
+/// All entries of ours, by what the tools answer.
+///
+/// # Errors
+/// A tool fails, or says what can't be read.
+pub fn observe(asked: Asked) -> Result<State> {
+    let (listing, save) = asked.answers()?;
     let Listing { routes, rules } = ip::parse(&listing)?;
     let tables = iptables::parse(&save)?;
     let mut loose = BTreeSet::new();

@@ -73,47 +73,27 @@ impl Step {
 
     /// The commands that do this by hand, to be pasted into a shell, each with which way it goes; those
     /// that delete stand first.
-    pub fn commands(&self) -> Vec<(Change, Command)> {
+    pub fn commands(&self) -> Vec<(Change, Command<'_>)> {
         match self {
-            Self::Chain { table, chain, .. } => {
-                let edits = self.edits().into_iter();
-                edits
-                    .map(|edit| (edit.change(), edit.command(*table, chain)))
-                    .collect()
-            }
+            Self::Chain { .. } => self.by_edits(self.edits()),
             Self::Entry(change, table, chain, spec) => {
                 let flag = iptables::entry_flag(*change, *table);
-                vec![(*change, Command::chain(*table, flag, chain, Some(spec)))]
+                vec![(*change, Command::iptables(*table, flag, chain, Some(spec)))]
             }
-            Self::Route(change, route) => {
-                let command = Command(format!("ip route {} {route}", change.verb()));
-                vec![(*change, command)]
-            }
-            Self::RouteRule(change, rule) => {
-                let command = Command(format!("ip rule {} {rule}", change.verb()));
-                vec![(*change, command)]
-            }
+            Self::Route(change, route) => vec![(*change, Command::Route(*change, route))],
+            Self::RouteRule(change, rule) => vec![(*change, Command::RouteRule(*change, rule))],
             Self::RpFilter {
                 interface,
                 value,
                 change,
-            } => {
-                let path = rp_filter_path(interface.as_str());
-                vec![(*change, Command(format!("echo {value} > {path}")))]
-            }
+            } => vec![(*change, Command::RpFilter(interface, *value))],
         }
     }
 
     /// What it changes, entry by entry, each as the command that does that. A chain that is written
     /// anew changes only where it differs.
-    pub fn changes(&self) -> Vec<(Change, Command)> {
-        let Self::Chain {
-            table,
-            chain,
-            before,
-            after,
-        } = self
-        else {
+    pub fn changes(&self) -> Vec<(Change, Command<'_>)> {
+        let Self::Chain { before, after, .. } = self else {
             return self.commands();
         };
         let mut edits = self.edits();
@@ -123,7 +103,14 @@ impl Step {
             edits = gone.chain(new.into_iter().map(Edit::Append)).collect();
         }
         edits.retain(|edit| !matches!(edit, Edit::New | Edit::Remove));
-        let command = |edit: Edit| (edit.change(), edit.command(*table, chain));
+        self.by_edits(edits)
+    }
+
+    fn by_edits<'a>(&'a self, edits: Vec<Edit<'a>>) -> Vec<(Change, Command<'a>)> {
+        let Self::Chain { table, chain, .. } = self else {
+            return Vec::new();
+        };
+        let command = |edit: Edit<'a>| (edit.change(), edit.command(*table, chain));
         edits.into_iter().map(command).collect()
     }
 
@@ -181,22 +168,30 @@ pub enum Edit<'a> {
     Remove,
 }
 
-impl Edit<'_> {
-    fn change(&self) -> Change {
+impl<'a> Edit<'a> {
+    fn change(self) -> Change {
         match self {
             Self::New | Self::Insert(..) | Self::Append(_) => Change::Add,
             Self::Flush | Self::Delete(_) | Self::Remove => Change::Delete,
         }
     }
 
-    fn command(&self, table: Table, chain: &str) -> Command {
-        match self {
-            Self::New => Command::chain(table, "-N", chain, None),
-            Self::Flush => Command::chain(table, "-F", chain, None),
-            Self::Delete(spec) => Command::chain(table, "-D", chain, Some(spec)),
-            Self::Insert(number, spec) => Command::numbered(table, chain, *number, spec),
-            Self::Append(spec) => Command::chain(table, "-A", chain, Some(spec)),
-            Self::Remove => Command::chain(table, "-X", chain, None),
+    fn command(self, table: Table, chain: &'a str) -> Command<'a> {
+        let (flag, number, spec) = match self {
+            Self::New => ("-N", None, None),
+            Self::Flush => ("-F", None, None),
+            Self::Delete(spec) => ("-D", None, Some(spec)),
+            Self::Insert(number, spec) => ("-I", Some(number), Some(spec)),
+            Self::Append(spec) => ("-A", None, Some(spec)),
+            Self::Remove => ("-X", None, None),
+        };
+        Command::Iptables {
+            name: IPTABLES,
+            table,
+            flag,
+            chain,
+            number,
+            spec,
         }
     }
 }
@@ -228,46 +223,86 @@ fn amend<'a>(before: &'a [Rulespec], after: &'a [Rulespec]) -> Option<Vec<Edit<'
     kept.next().is_none().then_some(edits)
 }
 
-/// A command line for a shell.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Command(String);
-
-impl Command {
-    fn chain(table: Table, flag: &str, chain: &str, spec: Option<&Rulespec>) -> Self {
-        Self::spelled(format!("iptables -t {table} {flag} {}", quote(chain)), spec)
-    }
-
-    fn numbered(table: Table, chain: &str, number: usize, spec: &Rulespec) -> Self {
-        let start = format!("iptables -t {table} -I {} {number}", quote(chain));
-        Self::spelled(start, Some(spec))
-    }
-
-    fn spelled(mut text: String, spec: Option<&Rulespec>) -> Self {
-        // A rulespec was joined from words, so it comes apart again.
-        for word in spec
-            .and_then(|spec| iptables::words(&spec.0).ok())
-            .unwrap_or_default()
-        {
-            text.push(' ');
-            text.push_str(&quote(&word));
-        }
-        Self(text)
-    }
+/// A command line for a shell, spelled out where it is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command<'a> {
+    /// `ip route`
+    Route(Change, &'a Route),
+    /// `ip rule`
+    RouteRule(Change, &'a RouteRule),
+    /// A new value for the interface's rp_filter.
+    RpFilter(&'a IfName, u8),
+    /// `iptables`
+    Iptables {
+        /// Its name, where both backends are in use.
+        name: &'static str,
+        /// Its table.
+        table: Table,
+        /// What it does.
+        flag: &'static str,
+        /// To which chain.
+        chain: &'a str,
+        /// At which place in it.
+        number: Option<usize>,
+        /// With which rule.
+        spec: Option<&'a Rulespec>,
+    },
 }
 
-impl Command {
+const IPTABLES: &str = "iptables";
+
+impl<'a> Command<'a> {
+    fn iptables(
+        table: Table,
+        flag: &'static str,
+        chain: &'a str,
+        spec: Option<&'a Rulespec>,
+    ) -> Self {
+        Self::Iptables {
+            name: IPTABLES,
+            table,
+            flag,
+            chain,
+            number: None,
+            spec,
+        }
+    }
+
     /// The same with this name for iptables.
-    pub fn by(&self, iptables: &str) -> String {
-        match self.0.strip_prefix("iptables ") {
-            Some(rest) => format!("{iptables} {rest}"),
-            None => self.0.clone(),
+    pub fn by(mut self, iptables: &'static str) -> Self {
+        if let Self::Iptables { name, .. } = &mut self {
+            *name = iptables;
         }
+        self
     }
 }
 
-impl fmt::Display for Command {
+impl fmt::Display for Command<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        match self {
+            Self::Route(change, route) => write!(f, "ip route {} {route}", change.verb()),
+            Self::RouteRule(change, rule) => write!(f, "ip rule {} {rule}", change.verb()),
+            Self::RpFilter(interface, value) => {
+                write!(f, "echo {value} > {}", rp_filter_path(interface.as_str()))
+            }
+            Self::Iptables {
+                name,
+                table,
+                flag,
+                chain,
+                number,
+                spec,
+            } => {
+                write!(f, "{name} -t {table} {flag} {}", quote(chain))?;
+                if let Some(number) = number {
+                    write!(f, " {number}")?;
+                }
+                // A rulespec was joined from words, so it comes apart again.
+                let words = spec.and_then(|spec| iptables::words(&spec.0).ok());
+                let mut words = words.into_iter().flatten();
+                words.try_for_each(|word| write!(f, " {}", quote(&word)))
+            }
+        }
     }
 }
 

@@ -32,6 +32,9 @@ pub fn stale<'a>(
     wanted: &State,
     flows: &'a [Flow],
 ) -> Vec<&'a Flow> {
+    if flows.is_empty() {
+        return Vec::new();
+    }
     let before: BTreeSet<&UplinkName> = observed.tables.keys().map(|(_, uplink)| uplink).collect();
     let mut judges: Vec<Judge> = Vec::new();
     for (name, link) in looks {

@@ -54,8 +54,8 @@ impl System {
         );
         let tools = Tools::find(Instant::now() + LIMIT)?;
         drop_all_but_needed(tools.backend);
-        let observed = observe(&tools)?;
-        let (listing, save) = tools.list(ip::SURVEY, Counters::Shown)?;
+        let observed = observe(observed::ask(&tools)?)?;
+        let (listing, save) = tools.ask(ip::SURVEY, Counters::Shown)?.answers()?;
         let survey = ip::survey(&listing);
         let mut rulesets = vec![(tools.backend, Ruleset::parse(&save))];
         if let Some(other) = tools
