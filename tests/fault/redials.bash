@@ -58,3 +58,20 @@ test_1000_redials_leave_nothing_behind() {
     ((late <= early + 256)) || fail "a call needed $early KiB before, and $late KiB after"
     echo "figure: $REDIALS redials in $((took / 1000)) ms; a call needs $early KiB before and $late KiB after"
 }
+
+# The memory that ten thousand forwards take, in KiB, is bounded: as it is when the last tool is started, with all that
+# it reads ready.
+test_ten_thousand_forwards_take_less_than_16_mib() {
+    local most
+    configure 10 192.168.0.2 10000
+    fake_tools
+    fault 1 999 memory
+    mh_hook -q up ppp0
+    mh_hook -q down ppp0
+    mh_hook -q up ppp0
+    real_tools
+    most=$(sort -n /run/lab/memory | tail -n 1)
+    ((most > 4096)) || fail "$most KiB: not measured"
+    ((most <= 16384)) || fail "$most KiB"
+    echo "figure: $most KiB with 10,000 forwards"
+}
