@@ -239,6 +239,9 @@ impl Config {
         let (root, syntax) = DeTable::parse_recoverable(text);
         let mut reader = Reader::default();
         let config = reader.config(root.get_ref());
+        if syntax.is_empty() && reader.problems.is_empty() {
+            return Ok(config);
+        }
         // The parser went on after a mistake as well as it could: what seems to be missing may stand
         // in what it left out, and of what it makes of a broken line only the first is its writer's.
         let starts: Vec<usize> = text.match_indices('\n').map(|(at, _)| at).collect();
@@ -270,11 +273,7 @@ impl Config {
             let message = format!("{}; and {} more like these", first.message, more.len() - 1);
             reader.problem(first.span.clone(), message);
         }
-        if reader.problems.is_empty() {
-            Ok(config)
-        } else {
-            Err(reader.problems)
-        }
+        Err(reader.problems)
     }
 
     /// The uplinks that a call is for.
