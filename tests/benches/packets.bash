@@ -59,13 +59,8 @@ packets_note() {
 
 # A new one, whatever stood before, with what listens at the server.
 packets_lab() {
-    local namespace
     ((${#pids[@]} == 0)) || kill "${pids[@]}"
-    for namespace in "${LAB_NAMESPACES[@]}"; do
-        [[ ! -e /run/netns/$namespace ]] || ip netns delete "$namespace"
-    done
-    lab_net
-    lab_links
+    bench_new_lab
     in_ns server iperf3 --server --port "$FLOW_PORT" >/dev/null &
     pids=($!)
     in_ns server /usr/bin/python3 -c '

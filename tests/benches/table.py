@@ -1,10 +1,11 @@
-"""The results of tests/bench as a table on standard output and as JSON.
+"""The results of tests/bench as tables on standard output, and as JSON.
 
-Each line of the first file is backend, forwards, name and value, tab between them; values are milliseconds, but for the
-peak memory's MiB. `NAME: limit` is what the same takes with the tools alone.
+Each line of the first file is a result, tab between its columns; the same again for each round.
 
-A line of the packets' part is `packets`, backend, entries, uplinks, forwards, what and value: packets/s for `in` and
-`out`, µs for `last` and `no`; the same again for each round.
+- `calls`, backend, foreign rules, forwards, call, side, command, and a value for each run. The sides `mh-hook`, `limit`
+  and those of OTHERS have ms, of several commands each apart; `processes` is a number, `memory` is MiB.
+- `program`, what, side, command, values: ms for `start-up`, MiB for `binary`.
+- `packets`, backend, entries, uplinks, forwards, what, value: packets/s for `in` and `out`, µs for `last` and `no`.
 """
 
 import json
@@ -13,7 +14,196 @@ import platform
 import statistics
 import sys
 
-LIMIT = ": limit"
+# What is to be reached. Of ratios to the limit, by call and forwards; None is any number of them.
+LIMITS = {
+    ("first up", 1): 2.0,
+    ("first up", 1000): 1.3,
+    ("first up", 10000): 1.2,
+    ("up, nothing to do", None): 1.3,
+    ("one forward changed", 10000): 1.2,
+}
+PROCESSES, PROCESSES_IDLE = 4, 2
+MEMORY = {10000: 16}
+START_UP = 0.3
+BINARY = 1.2
+# The other ways, and what they are beside.
+OTHERS = {"typed recipe": "first up", "shorewall reload": "one forward changed"}
+# How many times as long the other ways take at least, by forwards.
+TIMES = {("typed recipe", 1): 3, ("typed recipe", 1000): 100}
+
+MISSED = "✗"
+
+
+def medians(results, part, width):
+    """Of the values of all rounds: by the first columns, `width` of them, numbers as such."""
+    values = {}
+    with open(results, encoding="utf-8") as lines:
+        for line in lines:
+            found, *columns = line.rstrip("\n").split("\t")
+            if found == part:
+                key = tuple(int(column) if column.isdigit() else column for column in columns[:width])
+                values.setdefault(key, []).extend(map(float, columns[width:]))
+    return {key: statistics.median(found) for key, found in values.items()}
+
+
+def grouped(values):
+    """By all columns but the last one, which is what the values are."""
+    groups = {}
+    for (*case, what), value in values.items():
+        groups.setdefault(tuple(case), {})[what] = value
+    return groups
+
+
+def summed(values):
+    """Of the medians of several commands the sum: the last column is the command."""
+    sums = {}
+    for (*case, _), value in values.items():
+        sums[tuple(case)] = sums.get(tuple(case), 0) + value
+    return sums
+
+
+def goal(row, key, most=None, least=None):
+    """Notes beside the row's value what it is to reach, if anything."""
+    bound = least if most is None else most
+    if bound is not None and row[key] is not None:
+        reached = row[key] <= bound if most is not None else row[key] >= bound
+        row["goals"].append({"of": key, "to reach": f"{'≥' if most is None else '≤'} {bound}", "reached": reached})
+
+
+def calls_rows(groups):
+    rows = []
+    for (backend, foreign, forwards, call), found in groups.items():
+        row = {
+            "backend": backend,
+            "foreign rules": foreign,
+            "forwards": forwards,
+            "call": call,
+            "ms": round(found["mh-hook"], 3),
+            "limit": round(found["limit"], 3),
+            "ratio": round(found["mh-hook"] / found["limit"], 3),
+            "processes": int(found["processes"]),
+            "MiB": round(found["memory"], 3),
+            "goals": [],
+        }
+        goal(row, "ratio", LIMITS.get((call, forwards), LIMITS.get((call, None))))
+        goal(row, "processes", PROCESSES_IDLE if call.endswith("nothing to do") else PROCESSES)
+        goal(row, "MiB", MEMORY.get(forwards))
+        rows.append(row)
+    return rows
+
+
+def others_rows(groups):
+    rows = []
+    for (backend, foreign, forwards, call), found in groups.items():
+        for way, beside in OTHERS.items():
+            if call != beside or way not in found:
+                continue
+            row = {
+                "backend": backend,
+                "foreign rules": foreign,
+                "forwards": forwards,
+                "way": way,
+                "ms": round(found[way], 3),
+                "beside": call,
+                "mh-hook": round(found["mh-hook"], 3),
+                "times": round(found[way] / found["mh-hook"], 3),
+                "goals": [],
+            }
+            goal(row, "times", least=TIMES.get((way, forwards)))
+            rows.append(row)
+    return rows
+
+
+def program_rows(groups):
+    rows = []
+    for (what,), found in groups.items():
+        dash = found.get("dash -c :")
+        row = {
+            "what": what,
+            "mh-hook": round(found["mh-hook"], 3),
+            "dash": dash and round(dash, 3),
+            "ratio": dash and round(found["mh-hook"] / dash, 3),
+            "goals": [],
+        }
+        goal(row, "ratio", START_UP)
+        goal(row, "mh-hook", BINARY if what == "binary" else None)
+        rows.append(row)
+    return rows
+
+
+def packets_order(item):
+    backend, entries, uplinks, forwards = item[0]
+    return ["nft", "legacy"].index(backend), ["none", "typed", "mh-hook"].index(entries), uplinks, forwards
+
+
+def packets_row(case):
+    return dict(zip(("backend", "entries", "uplinks", "forwards"), case))
+
+
+def flows_rows(groups):
+    """A flow that stands, beside the same without entries."""
+    rows = []
+    for case, found in groups.items():
+        row = packets_row(case)
+        none = groups[case[0], "none", 0, 0]
+        for what in ("in", "out"):
+            row[what] = round(found[what], -3)
+            row[f"{what} of none"] = round(found[what] / none[what], 2)
+        rows.append(row)
+    return rows
+
+
+def answers_rows(groups):
+    """New connections, beside the same entries with the fewest forwards and one uplink."""
+    rows = []
+    for case, found in groups.items():
+        if "last" not in found:
+            continue
+        row = packets_row(case)
+        fewest = min(other for other in groups if other[:3] == (*case[:2], 1))
+        for what in ("last", "no"):
+            row[what] = round(found[what], 1)
+            row[f"{what} of fewest"] = round(found[what] / groups[fewest][what], 1)
+        rows.append(row)
+    return rows
+
+
+def cell(row, key):
+    """A value as it is read; of a goal, what is to be reached. One that is missed has a mark."""
+    goals = {found["of"]: found for found in row.get("goals", ())}
+    if key == "to reach":
+        return "".join(found["to reach"] for of, found in goals.items() if of not in ("processes", "MiB"))
+    value = row[key]
+    if value is None:
+        text = ""
+    elif isinstance(value, float) and "goals" in row:
+        text = f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    elif isinstance(value, int) and "goals" in row:
+        text = f"{value:,}"
+    else:
+        text = f"{value:,.0f}" if isinstance(value, float) and value >= 1000 else str(value)
+    return text if goals.get(key, {"reached": True})["reached"] else f"{text} {MISSED}"
+
+
+def table(title, headings, rows):
+    """Headings are those of the rows, by key."""
+    if rows:
+        print(f"\n{title}\n")
+        print("| " + " | ".join(headings.values()) + " |")
+        print("|---" * len(headings) + "|")
+        for row in rows:
+            print("| " + " | ".join(cell(row, key) for key in headings) + " |")
+
+
+def same(*keys):
+    return {key: key for key in keys}
+
+
+def place(row):
+    """What a row is about, in words."""
+    case = [row[key] for key in ("backend", "way", "call", "what") if key in row]
+    case += [f"{key} {row[key]}" for key in ("forwards", "foreign rules") if row.get(key)]
+    return ", ".join(case)
 
 
 def machine():
@@ -22,121 +212,54 @@ def machine():
     return f"{model}, {os.cpu_count()} processors, Linux {platform.release()}"
 
 
-def packets_values(results):
-    """The medians over the rounds: what by case, a case being backend, entries, uplinks and forwards."""
-    rounds = {}
-    with open(results, encoding="utf-8") as lines:
-        for line in lines:
-            if not line.startswith("packets\t"):
-                continue
-            _, backend, entries, uplinks, forwards, what, value = line.rstrip("\n").split("\t")
-            case = backend, entries, int(uplinks), int(forwards)
-            rounds.setdefault(case, {}).setdefault(what, []).append(float(value))
-    return {
-        case: {what: statistics.median(values) for what, values in found.items()}
-        for case, found in sorted(rounds.items(), key=packets_order)
-    }
-
-
-def packets_order(item):
-    backend, entries, uplinks, forwards = item[0]
-    return ["nft", "legacy"].index(backend), ["none", "typed", "mh-hook"].index(entries), uplinks, forwards
-
-
-def packets_case(case):
-    return dict(zip(("backend", "entries", "uplinks", "forwards"), case))
-
-
-def packets_flows(values):
-    """A flow that stands, beside the same without entries."""
-    rows = []
-    for case, found in values.items():
-        row = packets_case(case)
-        none = values[case[0], "none", 0, 0]
-        for what in ("in", "out"):
-            row[what] = round(found[what], -3)
-            row[f"{what} of none"] = round(found[what] / none[what], 2)
-        rows.append(row)
-    return rows
-
-
-def packets_answers(values):
-    """New connections, beside the same entries with the fewest forwards and one uplink."""
-    rows = []
-    for case, found in values.items():
-        if "last" not in found:
-            continue
-        row = packets_case(case)
-        fewest = min(other for other in values if other[:3] == (*case[:2], 1))
-        for what in ("last", "no"):
-            row[what] = round(found[what], 1)
-            row[f"{what} of fewest"] = round(found[what] / values[fewest][what], 1)
-        rows.append(row)
-    return rows
-
-
-def packets_print(title, headings, rows):
-    print(f"\n{title}\n")
-    print("| " + " | ".join(headings) + " |")
-    print("|---" * len(headings) + "|")
-    for row in rows:
-        cells = [f"{cell:,.0f}" if isinstance(cell, float) and cell >= 1000 else str(cell) for cell in row.values()]
-        print("| " + " | ".join(cells) + " |")
-
-
-def packets_tables(flows, answers):
-    case = ["backend", "entries", "uplinks", "forwards"]
-    packets_print(
-        "A flow that stands: packets/s that one processor forwards, from the client (in) and to it (out)",
-        [*case, "packets/s in", "of none", "packets/s out", "of none"],
-        flows,
-    )
-    packets_print(
-        "A new connection's first answer, in µs: at the last forward's port, at a port that no forward has",
-        [*case, "last", "× of fewest", "no", "× of fewest"],
-        answers,
-    )
-
-
 def main(results, target):
-    values = {}
-    with open(results, encoding="utf-8") as lines:
-        for line in lines:
-            part, *columns = line.rstrip("\n").split("\t")
-            if part != "processes":
-                continue
-            backend, forwards, name, value = columns
-            values.setdefault((backend, int(forwards)), {})[name] = float(value)
-    rows = []
-    for (backend, forwards), found in values.items():
-        for name, value in found.items():
-            if name.endswith(LIMIT):
-                continue
-            limit = found.get(name + LIMIT)
-            if name == "typed recipe":
-                limit = found["first up"]
-            rows.append(
-                {
-                    "backend": backend,
-                    "forwards": forwards,
-                    "what": name,
-                    "value": round(value, 3),
-                    "limit": limit and round(limit, 3),
-                    "ratio": limit and round(value / limit, 2),
-                }
-            )
-    values = packets_values(results)
-    flows, answers = packets_flows(values), packets_answers(values)
+    calls = grouped(summed(medians(results, "calls", 6)))
+    packets = dict(sorted(grouped(medians(results, "packets", 5)).items(), key=packets_order))
+    rows = {
+        "calls": calls_rows(calls),
+        "others": others_rows(calls),
+        "program": program_rows(grouped(summed(medians(results, "program", 3)))),
+        "flows": flows_rows(packets),
+        "answers": answers_rows(packets),
+    }
     with open(target, "w", encoding="utf-8") as out:
-        json.dump({"machine": machine(), "rows": rows, "flows": flows, "answers": answers}, out, indent=2)
-    print(f"{machine()}; medians in ms, the typed recipe beside our first up\n")
-    print("| backend | forwards | what | median | limit | ratio |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        cells = [row["backend"], row["forwards"] or "", row["what"], row["value"], row["limit"] or "", row["ratio"] or ""]
-        print("| " + " | ".join(f"{cell:.1f}" if isinstance(cell, float) and cell >= 10 else str(cell) for cell in cells) + " |")
-    if values:
-        packets_tables(flows, answers)
+        json.dump({"machine": machine(), **rows}, out, indent=2, ensure_ascii=False)
+
+    print(f"{machine()}; medians; {MISSED}: not reached")
+    table(
+        f"Calls, in ms, beside what their tools take with ready-made input; to reach too: at most {PROCESSES} processes "
+        f"besides mh-hook, {PROCESSES_IDLE} with nothing to do, and at 10,000 forwards {MEMORY[10000]} MiB of its own",
+        same("backend", "foreign rules", "forwards", "call")
+        | {"ms": "mh-hook"}
+        | same("limit", "ratio", "to reach", "processes", "MiB"),
+        rows["calls"],
+    )
+    table(
+        "Other ways to the same end, in ms, beside a call of mh-hook",
+        same("backend", "foreign rules", "forwards", "way", "ms", "beside", "mh-hook", "times", "to reach"),
+        rows["others"],
+    )
+    table(
+        "The program: start-up, `mh-hook --version` beside `dash -c :`, in ms, and the binary, in MiB",
+        same("what", "mh-hook", "dash", "ratio", "to reach"),
+        rows["program"],
+    )
+    case = same("backend", "entries", "uplinks", "forwards")
+    table(
+        "A flow that stands: packets/s that one processor forwards, from the client (in) and to it (out)",
+        case | {"in": "packets/s in", "in of none": "of none", "out": "packets/s out", "out of none": "of none"},
+        rows["flows"],
+    )
+    table(
+        "A new connection's first answer, in µs: at the last forward's port, at a port that no forward has",
+        case | {"last": "last", "last of fewest": "× of fewest", "no": "no", "no of fewest": "× of fewest"},
+        rows["answers"],
+    )
+    print()
+    for row in sum(rows.values(), []):
+        for found in row.get("goals", ()):
+            if not found["reached"]:
+                print(f"not reached: {place(row)}: {found['of']} {row[found['of']]}, to reach {found['to reach']}")
 
 
 main(*sys.argv[1:])
