@@ -227,8 +227,9 @@ def main(results, target):
 
     print(f"{machine()}; medians; {MISSED}: not reached")
     table(
-        f"Calls, in ms, beside what their tools take with ready-made input; to reach too: at most {PROCESSES} processes "
-        f"besides mh-hook, {PROCESSES_IDLE} with nothing to do, and at 10,000 forwards {MEMORY[10000]} MiB of its own",
+        "Calls, in ms, beside what their tools take with ready-made input. To reach, too: at most "
+        f"{PROCESSES} processes besides mh-hook, {PROCESSES_IDLE} with nothing to do, and {MEMORY[10000]} MiB of its "
+        "own at 10,000 forwards",
         same("backend", "foreign rules", "forwards", "call")
         | {"ms": "mh-hook"}
         | same("limit", "ratio", "to reach", "processes", "MiB"),
@@ -255,11 +256,14 @@ def main(results, target):
         case | {"last": "last", "last of fewest": "× of fewest", "no": "no", "no of fewest": "× of fewest"},
         rows["answers"],
     )
-    print()
-    for row in sum(rows.values(), []):
-        for found in row.get("goals", ()):
-            if not found["reached"]:
-                print(f"not reached: {place(row)}: {found['of']} {row[found['of']]}, to reach {found['to reach']}")
+    missed = [
+        f"not reached: {place(row)}: {found['of']} {row[found['of']]}, to reach {found['to reach']}"
+        for row in sum(rows.values(), [])
+        for found in row.get("goals", ())
+        if not found["reached"]
+    ]
+    if missed:
+        print("", *missed, sep="\n")
 
 
 main(*sys.argv[1:])
