@@ -206,7 +206,7 @@ destinations_are() {
 # Shorewall's reload for one forward changed: the same forwards at the same link, and its own way of bringing the
 # replies back, in a lab of its own, where it is installed.
 bench_shorewall() {
-    [[ $(type -P shorewall) ]] || return 0
+    [[ -x $(type -P shorewall) ]] || return 0
     local port
     local -a OF=(calls "$BACKEND" 0 "$FORWARDS" "one forward changed")
     bench_new_lab
@@ -224,9 +224,8 @@ bench_shorewall() {
 shorewall_configuration() {
     local folder i
     for folder in /etc/shorewall /var/lib/shorewall; do
-        # In the lab's own mounts: the machine's stay as they are.
-        mountpoint --quiet "$folder" || mount -t tmpfs tmpfs "$folder"
-        find "$folder" -mindepth 1 -delete
+        # Empty ones, in the lab's own mounts: the machine's stay as they are.
+        mount -t tmpfs tmpfs "$folder" || lab_die "no room for Shorewall in $folder"
     done
     # Nothing outside the lab: no names of tables in /etc, no log.
     sed 's/^\(STARTUP_ENABLED\|KEEP_RT_TABLES\|CLAMPMSS\)=.*/\1=Yes/
