@@ -117,26 +117,27 @@ impl Judge<'_> {
             original.destination,
             original.ports.map(|(_, destination)| destination),
         );
-        let was = target(&self.old, flow);
-        let is = target(&self.new, flow).filter(|_| self.for_lan || !is_lan(original.source));
+        // Asked only where it counts: there may be thousands of forwards, and of flows.
+        let was = || target(&self.old, flow);
+        let is = || target(&self.new, flow).filter(|_| self.for_lan || !is_lan(original.source));
         let marked =
             |mark: Option<FwMark>| mark.is_some_and(|mark| flow.mark & mark.mask == mark.value);
         if self.address != Some(original.destination) {
             // A former address: its own flows are known by going where our forwards lead, and by
             // having come by this uplink, or from the LAN. A link's other addresses are not former.
             let ours = marked(self.mark) || marked(self.old_mark) || is_lan(original.source);
-            let forwarded =
-                actual != asked && (was == Some(actual) || target(&self.new, flow) == Some(actual));
-            return ours && forwarded && !self.addresses.contains(&original.destination);
+            let forwarded = || was() == Some(actual) || target(&self.new, flow) == Some(actual);
+            let is_former = !self.addresses.contains(&original.destination);
+            return ours && is_former && actual != asked && forwarded();
         }
         if self.old_mark != self.mark && marked(self.old_mark) {
             return true;
         }
-        match is {
+        match is() {
             // Begun before its forward existed, or before that led here; what somebody else's DNAT
             // redirects is somebody else's.
-            Some(is) => actual != is && (actual == asked || was == Some(actual)),
-            None => actual != asked && was == Some(actual),
+            Some(is) => actual != is && (actual == asked || was() == Some(actual)),
+            None => actual != asked && was() == Some(actual),
         }
     }
 }
