@@ -147,7 +147,7 @@ def flows_rows(groups):
         row = packets_row(case)
         none = groups[case[0], "none", 0, 0]
         for what in ("in", "out"):
-            row[what] = round(found[what], -3)
+            row[what] = int(round(found[what], -3))
             row[f"{what} of none"] = round(found[what] / none[what], 2)
         rows.append(row)
     return rows
@@ -168,21 +168,20 @@ def answers_rows(groups):
     return rows
 
 
-def cell(row, key):
-    """A value as it is read; of a goal, what is to be reached. One that is missed has a mark."""
-    goals = {found["of"]: found for found in row.get("goals", ())}
+def number(value):
+    """As it is read: three figures or so."""
+    if isinstance(value, float):
+        return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    return f"{value:,}" if isinstance(value, int) else str(value or "")
+
+
+def cell(row, key, unit=""):
+    """A value, if there is one; of goals, what is to be reached. A value that misses its goal has a mark."""
+    goals = row.get("goals", ())
     if key == "to reach":
-        return "".join(found["to reach"] for of, found in goals.items() if of not in ("processes", "MiB"))
-    value = row[key]
-    if value is None:
-        text = ""
-    elif isinstance(value, float) and "goals" in row:
-        text = f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
-    elif isinstance(value, int) and "goals" in row:
-        text = f"{value:,}"
-    else:
-        text = f"{value:,.0f}" if isinstance(value, float) and value >= 1000 else str(value)
-    return text if goals.get(key, {"reached": True})["reached"] else f"{text} {MISSED}"
+        return ", ".join(found["to reach"] for found in goals)
+    is_missed = any(found["of"] == key and not found["reached"] for found in goals)
+    return number(row.get(key)) + unit + f" {MISSED}" * is_missed
 
 
 def table(title, headings, rows):
@@ -193,6 +192,33 @@ def table(title, headings, rows):
         print("|---" * len(headings) + "|")
         for row in rows:
             print("| " + " | ".join(cell(row, key) for key in headings) + " |")
+
+
+def size(row):
+    """The column of a row: how many forwards, and rules of others."""
+    return number(row["forwards"]) + (f", beside {number(row['foreign rules'])}" if row["foreign rules"] else "")
+
+
+def by_size(rows, keys, text):
+    """Headings, and the same rows with the sizes side by side, each as this text."""
+    lines = {}
+    for row in rows:
+        line = lines.setdefault(tuple(row[key] for key in keys), {key: row[key] for key in keys})
+        line[size(row)] = text(row)
+    return same(*keys, *dict.fromkeys(size(row) for row in rows)), list(lines.values())
+
+
+def beside(ratio):
+    return lambda row: f"{number(row['ms'])} = {cell(row, ratio, ' ×')}"
+
+
+def most_memory(rows):
+    """The most that any call has needed, as a row for each size."""
+    most = {}
+    for row in rows:
+        if row["MiB"] >= most.get(size(row), row)["MiB"]:
+            most[size(row)] = row
+    return [row | {"what": "mh-hook's own memory, MiB"} for row in most.values()]
 
 
 def same(*keys):
@@ -227,18 +253,17 @@ def main(results, target):
 
     print(f"{machine()}; medians; {MISSED}: not reached")
     table(
-        "Calls, in ms, beside what their tools take with ready-made input. To reach, too: at most "
-        f"{PROCESSES} processes besides mh-hook, {PROCESSES_IDLE} with nothing to do, and {MEMORY[10000]} MiB of its "
-        "own at 10,000 forwards",
-        same("backend", "foreign rules", "forwards", "call")
-        | {"ms": "mh-hook"}
-        | same("limit", "ratio", "to reach", "processes", "MiB"),
-        rows["calls"],
+        "Calls, by forwards, and beside so many rules of others: ms, and how many times as long as their tools take with "
+        "ready-made input",
+        *by_size(rows["calls"], ("backend", "call", "processes"), beside("ratio")),
     )
     table(
-        "Other ways to the same end, in ms, beside a call of mh-hook",
-        same("backend", "foreign rules", "forwards", "way", "ms", "beside", "mh-hook", "times", "to reach"),
-        rows["others"],
+        "Other ways to the same end: ms, and how many times as long as mh-hook",
+        *by_size(rows["others"], ("backend", "way", "beside"), beside("times")),
+    )
+    table(
+        "The most memory of any call",
+        *by_size(most_memory(rows["calls"]), ("what",), lambda row: cell(row, "MiB")),
     )
     table(
         "The program: start-up, `mh-hook --version` beside `dash -c :`, in ms, and the binary, in MiB",
