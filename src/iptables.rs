@@ -113,6 +113,10 @@ impl<'a> Listing<'a> {
             rules.push(rulespec(spec)?);
             return Ok(());
         }
+        if spec.contains('\n') {
+            // None of ours; and iptables-restore, which takes each line for a rule, could not remove it.
+            return Ok(());
+        }
         let words = words(spec)?;
         let owner = words.windows(2).find_map(|pair| match pair[0].as_str() {
             "-j" | "-g" => UplinkName::of_chain(&pair[1]),

@@ -196,9 +196,13 @@ impl<'a> Edit<'a> {
     }
 }
 
-/// What makes one chain of the other, rule by rule; none where what stays is not in the right order.
+/// What makes one chain of the other, rule by rule; none where what stays is not in the right order, or
+/// where a comment of somebody's has several lines: iptables-restore takes each for a rule.
 fn amend<'a>(before: &'a [Rulespec], after: &'a [Rulespec]) -> Option<Vec<Edit<'a>>> {
     let (gone, _) = differ(before, after);
+    if gone.iter().any(|spec| spec.0.contains('\n')) {
+        return None;
+    }
     // iptables deletes the first of equal rules.
     let mut count: BTreeMap<&Rulespec, usize> = BTreeMap::new();
     gone.iter()

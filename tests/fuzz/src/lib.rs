@@ -257,10 +257,14 @@ fn literal(steps: &[Step]) {
             input.lines().all(|line| line.starts_with([':', '-'])),
             "{input:?}"
         );
-        for (_, command) in step.changes().into_iter().chain(step.commands()) {
+        for (_, command) in step.commands() {
             let text = command.to_string();
             assert!(!text.contains('\n'), "{text:?}");
             assert!(is_literal(&text), "{text:?}");
+        }
+        // These are for the log, which has its own way with them.
+        for (_, command) in step.changes() {
+            assert!(is_literal(&command.to_string()), "{command}");
         }
     }
 }
