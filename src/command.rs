@@ -325,6 +325,7 @@ impl Tools {
             name,
             child,
             until: Instant::now() + limit,
+            has_ended: false,
         })
     }
 }
@@ -346,17 +347,20 @@ impl Asked {
     }
 }
 
-/// A tool that runs. Stopped where nobody waits for its end.
+/// A tool that runs. Where nobody has waited for its end, or in vain, it is stopped with all that it started.
 #[derive(Debug)]
 struct Running {
     name: String,
     child: Child,
     until: Instant,
+    has_ended: bool,
 }
 
 impl Running {
     fn finish(mut self) -> Result<Output> {
-        finish(&mut self.child, self.until).with_context(|| self.name.clone())
+        let output = finish(&mut self.child, self.until);
+        self.has_ended = output.is_ok();
+        output.with_context(|| self.name.clone())
     }
 
     /// What it prints; a failure is an error.
@@ -370,7 +374,7 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(Some(_))) {
+        if self.has_ended {
             return;
         }
         let group = Pid::from_raw(i32::try_from(self.child.id()).expect("a process id fits pid_t"));

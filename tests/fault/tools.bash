@@ -18,10 +18,16 @@ fake_tools() {
 #!/bin/sh
 PATH=/usr/bin:/bin
 real="@REAL@"
-read -r count </run/lab/count
+call="${0##*/} $*"
+case $call in
+    # Both listings are asked for at the same time: whichever comes first, that of ip is counted first.
+    'iptables-save ' | 'iptables-save -c') until read -r count </run/lab/twin; do :; done; : >/run/lab/twin ;;
+    *) read -r count </run/lab/count ;;
+esac
 count=$((count + 1))
 echo $count >/run/lab/count
-echo "${0##*/} $*" >>/run/lab/calls
+echo "$call" >>/run/lab/calls
+case $call in 'ip -4 -N -batch -') echo $count >/run/lab/twin ;; esac
 read -r first last kind </run/lab/fault
 if [ $count -lt $first ] || [ $count -gt $last ]; then exec "$real" "$@"; fi
 case $kind in
@@ -77,6 +83,7 @@ fault() {
     echo "$*" >/run/lab/fault
     echo 0 >/run/lab/count
     : >/run/lab/calls
+    : >/run/lab/twin
 }
 
 no_fault() { fault 0 0 none; }
