@@ -214,21 +214,48 @@ impl fmt::Display for Protocol {
     }
 }
 
-impl Config {
-    /// Reads and parses the file.
+/// The text of a configuration that can be trusted.
+#[derive(Debug)]
+pub struct Source {
+    path: PathBuf,
+    text: String,
+}
+
+impl Source {
+    /// Reads the file.
     ///
     /// # Errors
-    /// [`Errors`] where the text does not hold; else why the file can't be read or trusted.
-    pub fn load(path: &Path) -> Result<Self> {
+    /// Why it can't be read or trusted.
+    pub fn read(path: &Path) -> Result<Self> {
         let text = read(path).with_context(|| format!("configuration {}", path.display()))?;
-        Self::parse(&text).map_err(|problems| {
+        let path = path.to_owned();
+        Ok(Self { path, text })
+    }
+
+    /// The configuration in it.
+    ///
+    /// # Errors
+    /// [`Errors`] where it does not hold.
+    pub fn config(self) -> Result<Config> {
+        let Self { path, text } = self;
+        Config::parse(&text).map_err(|problems| {
             Errors {
-                path: path.to_owned(),
+                path,
                 text,
                 problems,
             }
             .into()
         })
+    }
+}
+
+impl Config {
+    /// Reads and parses the file.
+    ///
+    /// # Errors
+    /// Those of [`Source::read`] and [`Source::config`].
+    pub fn load(path: &Path) -> Result<Self> {
+        Source::read(path)?.config()
     }
 
     /// The configuration in this text.

@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 
 use mh_hook::check::check;
 use mh_hook::command::start_self;
-use mh_hook::config::{self, Config};
+use mh_hook::config::{self, Config, Source};
 use mh_hook::converge::{Mode, Turn, converge};
 use mh_hook::event::{self, Direction, Event};
 use mh_hook::explain::{Question, explain};
@@ -201,10 +201,15 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         }) => Some(interface),
         _ => None,
     };
-    // The tools list what stands while the configuration is read. Whoever waits for a link has no turn yet.
-    let early = waits_for.is_none() && geteuid().is_root();
+    if let Some(local) = request.local() {
+        check_local(local, &[]).map_err(Failure::Usage)?;
+    }
+    let source = Source::read(&arguments.config_path);
+    // What can be trusted takes its time to be parsed, and the tools list what stands meanwhile. Whoever
+    // waits for a link has no turn yet.
+    let early = source.is_ok() && waits_for.is_none() && geteuid().is_root();
     let turn = early.then(|| Turn::take(arguments.mode));
-    let config = match Config::load(&arguments.config_path) {
+    let config = match source.and_then(Source::config) {
         Ok(config) => Some(config),
         Err(error) if request.removes() => {
             report(&error);
