@@ -16,7 +16,8 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::state::{FwMark, IfName, TableId, UplinkName, check_local};
+use crate::chains::chains;
+use crate::state::{FwMark, IfName, Rules, TableId, UplinkName, check_local};
 
 /// Where the configuration stands unless `--config` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/mh-hook.toml";
@@ -84,6 +85,8 @@ pub struct Uplink {
     pub pin: Vec<Ipv4Network>,
     /// Its port forwards, in the order of the file.
     pub forwards: Vec<Forward>,
+    /// The same as chains of the nat table: written here since this is done while the tools list.
+    pub chains: BTreeMap<String, Rules>,
 }
 
 /// What sends a connection's replies back by the uplink it came by.
@@ -265,8 +268,13 @@ impl Config {
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
         let (root, syntax) = DeTable::parse_recoverable(text);
         let mut reader = Reader::default();
-        let config = reader.config(root.get_ref());
+        let mut config = reader.config(root.get_ref());
         if syntax.is_empty() && reader.problems.is_empty() {
+            // The many small tables first, which take more memory than all else.
+            drop(root);
+            for (name, uplink) in &mut config.uplinks {
+                uplink.chains = chains(name, &uplink.forwards);
+            }
             return Ok(config);
         }
         // The parser went on after a mistake as well as it could: what seems to be missing may stand
@@ -691,6 +699,7 @@ impl Reader {
             accept_forward: self.boolean(table, "accept-forward").unwrap_or(false),
             pin,
             forwards,
+            chains: BTreeMap::new(),
         })
     }
 

@@ -4,7 +4,6 @@
 use std::fmt;
 use std::rc::Rc;
 
-use crate::chains::chains;
 use crate::claim::{Addressed, Running};
 use crate::config::{Config, Routing, Uplink};
 use crate::iptables::loose_note;
@@ -215,7 +214,7 @@ fn loosen(up: &Up, before: u8, state: &mut State, mangle: &mut Share) {
 /// ```
 fn forwards(up: &Up, nat: &mut Share) {
     nat.entries.push(jump(up));
-    nat.chains = chains(up.name, &up.uplink.forwards);
+    nat.chains = up.uplink.chains.clone();
 }
 
 /// ```text
