@@ -201,6 +201,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         }) => Some(interface),
         _ => None,
     };
+    // Before anything runs; whether it lies in a LAN is the configuration's to say.
     if let Some(local) = request.local() {
         check_local(local, &[]).map_err(Failure::Usage)?;
     }

@@ -78,7 +78,8 @@ impl Step {
             Self::Chain { .. } => self.by_edits(self.edits()),
             Self::Entry(change, table, chain, spec) => {
                 let flag = iptables::entry_flag(*change, *table);
-                vec![(*change, Command::iptables(*table, flag, chain, Some(spec)))]
+                let command = Command::iptables(*table, flag, chain, None, Some(spec));
+                vec![(*change, command)]
             }
             Self::Route(change, route) => vec![(*change, Command::Route(*change, route))],
             Self::RouteRule(change, rule) => vec![(*change, Command::RouteRule(*change, rule))],
@@ -185,14 +186,7 @@ impl<'a> Edit<'a> {
             Self::Append(spec) => ("-A", None, Some(spec)),
             Self::Remove => ("-X", None, None),
         };
-        Command::Iptables {
-            name: IPTABLES,
-            table,
-            flag,
-            chain,
-            number,
-            spec,
-        }
+        Command::iptables(table, flag, chain, number, spec)
     }
 }
 
@@ -253,21 +247,20 @@ pub enum Command<'a> {
     },
 }
 
-const IPTABLES: &str = "iptables";
-
 impl<'a> Command<'a> {
     fn iptables(
         table: Table,
         flag: &'static str,
         chain: &'a str,
+        number: Option<usize>,
         spec: Option<&'a Rulespec>,
     ) -> Self {
         Self::Iptables {
-            name: IPTABLES,
+            name: "iptables",
             table,
             flag,
             chain,
-            number: None,
+            number,
             spec,
         }
     }

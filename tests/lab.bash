@@ -306,6 +306,12 @@ for item in value if isinstance(value, list) else [value]:
 EOF
 }
 
+# processes COMMAND…: how many it runs on the router, besides itself.
+processes() {
+    in_ns router strace -f -qq -e trace=execve -e signal=none -o "$LAB_DIR/execve" -- "$@" >/dev/null 2>&1
+    grep -c ' = 0$' "$LAB_DIR/execve" | awk '{ print $1 - 1 }'
+}
+
 # fail MESSAGE…: says it, shows the router as it stands, and returns 1.
 fail() {
     echo "failed: $*" >&2

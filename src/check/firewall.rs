@@ -5,14 +5,14 @@ use std::collections::BTreeSet;
 
 use anyhow::Result;
 
-use super::walk::{Fit, Marking, Packet, Place, Walk, pair, transfer_masks, walk};
+use super::walk::{Fit, Marking, Packet, Place, Walk, transfer_masks, walk};
 use super::{Finding, View, count, few};
 use crate::claim::Addressed;
 use crate::config::{Forward, Protocol, Uplink};
 use crate::iptables;
 use crate::observed;
 use crate::plan::plan;
-use crate::state::{State, Table, UplinkName};
+use crate::state::{FwMark, State, Table, UplinkName};
 use crate::system::System;
 
 use super::routing::Targets;
@@ -215,8 +215,12 @@ fn masked(place: &Place, mask: u32) -> Option<String> {
             ctmask & !mask
         )
     } else {
-        let (value, bits) = pair(place.rule.value("--set-xmark")?)?;
-        format!("--set-xmark {:#x}/{:#x}", value & !mask, bits & !mask)
+        let set = FwMark::parse(place.rule.value("--set-xmark")?)?;
+        let rest = FwMark {
+            value: set.value & !mask,
+            mask: set.mask & !mask,
+        };
+        format!("--set-xmark {rest}")
     };
     let mut words = vec!["-j".to_owned(), target.clone()];
     words.splice(0..0, place.rule.words[..index].iter().cloned());

@@ -203,10 +203,10 @@ fn marked(rule: &Rule, mark: u32, connmark: u32) -> Option<(u32, u32)> {
     let is_connmark = rule.value("-j") == Some("CONNMARK");
     let old = if is_connmark { connmark } else { mark };
     let new = if let Some(text) = rule.value("--set-xmark") {
-        let (value, mask) = pair(text)?;
+        let FwMark { value, mask } = FwMark::parse(text)?;
         (old & !mask) ^ value
     } else if let Some(text) = rule.value("--set-mark") {
-        let (value, mask) = pair(text)?;
+        let FwMark { value, mask } = FwMark::parse(text)?;
         (old & !mask) | value
     } else if let Some(text) = rule.value("--and-mark") {
         old & bits(text)?
@@ -237,11 +237,6 @@ pub fn transfer_masks(rule: &Rule) -> Option<(u32, u32)> {
         None => Some(u32::MAX),
     };
     Some((mask("--nfmask")?, mask("--ctmask")?))
-}
-
-/// A mark's value and mask.
-pub fn pair(text: &str) -> Option<(u32, u32)> {
-    FwMark::parse(text).map(|FwMark { value, mask }| (value, mask))
 }
 
 /// Matches that are known here by their options; of others nobody knows.
@@ -294,7 +289,7 @@ fn fits<'a>(rule: &'a Rule, packet: &Packet) -> (Fit, Option<(&'a str, &'a str)>
             "--dst-type" if packet.destination.is_some() => Some(value() == "LOCAL")
                 .filter(|is_asked| *is_asked)
                 .map(|_| packet.is_local),
-            "--mark" => pair(value()).map(|(value, mask)| {
+            "--mark" => FwMark::parse(value()).map(|FwMark { value, mask }| {
                 let mark = if module == "connmark" {
                     packet.connmark
                 } else {

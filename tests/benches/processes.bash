@@ -107,7 +107,8 @@ call() {
     esac
     LIMIT[$1]=$("limit_$4" "$stem")
 
-    note calls "$BACKEND" "$FOREIGN" "$FORWARDS" "$1" processes 1 "$(processes "${OURS[$1]}")"
+    # shellcheck disable=SC2086 # a command and its arguments
+    note calls "$BACKEND" "$FOREIGN" "$FORWARDS" "$1" processes 1 "$(processes ${OURS[$1]})"
     done_by "$1" "${@:5}"
     before "$2"
     note calls "$BACKEND" "$FOREIGN" "$FORWARDS" "$1" memory 1 "$(peak_memory "${OURS[$1]}")"
@@ -268,13 +269,6 @@ for number, result in enumerate(json.load(open(sys.argv[1]))["results"], 1):
     print(number, *(1000 * time for time in result["times"]), sep="\t")
 END
     )
-}
-
-# processes COMMAND: how many it runs besides itself.
-processes() {
-    # shellcheck disable=SC2086 # a command and its arguments
-    in_ns router strace -f -qq -e trace=execve -e signal=none -o "$DIR/execve" -- $1 >/dev/null 2>&1
-    grep -c ' = 0$' "$DIR/execve" | awk '{ print $1 - 1 }'
 }
 
 # peak_memory COMMAND: the most that the process itself has had, in MiB.
