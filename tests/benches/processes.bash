@@ -207,7 +207,8 @@ destinations_are() {
 # Shorewall's reload for one forward changed: the same forwards at the same link, and its own way of bringing the
 # replies back, in a lab of its own, where it is installed.
 bench_shorewall() {
-    [[ -x $(type -P shorewall) ]] || return 0
+    # Its command alone is another package's, shorewall-core.
+    [[ -d /etc/shorewall && -x $(type -P shorewall) ]] || return 0
     local port
     local -a OF=(calls "$BACKEND" 0 "$FORWARDS" "one forward changed")
     bench_new_lab
