@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::net::Ipv4Addr;
-use std::ops::{Range, RangeInclusive};
+use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
@@ -13,8 +13,7 @@ use anyhow::{Context, Result, ensure};
 use ipnetwork::Ipv4Network;
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
-use toml::Spanned;
-use toml::de::{DeTable, DeValue};
+use toml_spanner::{Arena, Array, Item, Key, Span, Table, Value, parse_recoverable};
 
 use crate::chains::chains;
 use crate::state::{FwMark, IfName, Rules, TableId, UplinkName, check_local};
@@ -266,49 +265,40 @@ impl Config {
     /// # Errors
     /// All that is wrong, in the order of the text.
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
-        let (root, syntax) = DeTable::parse_recoverable(text);
-        let mut reader = Reader::default();
-        let mut config = reader.config(root.get_ref());
-        if syntax.is_empty() && reader.problems.is_empty() {
-            // The many small tables first, which take more memory than all else.
-            drop(root);
+        let arena = Arena::new();
+        let document = parse_recoverable(text, &arena);
+        let syntax = document.errors();
+        let mut reader = Reader {
+            is_broken: !syntax.is_empty(),
+            problems: Vec::new(),
+        };
+        let mut config = reader.config(document.table());
+        if !reader.is_broken && reader.problems.is_empty() {
             for (name, uplink) in &mut config.uplinks {
                 uplink.chains = chains(name, &uplink.forwards);
             }
             return Ok(config);
         }
-        // The parser went on after a mistake as well as it could: what seems to be missing may stand
-        // in what it left out, and of what it makes of a broken line only the first is its writer's.
+        // The parser went on after a mistake as well as it could: of what it makes of a broken line only
+        // the first is its writer's.
         let starts: Vec<usize> = text.match_indices('\n').map(|(at, _)| at).collect();
-        let line = |span: &Range<usize>| starts.partition_point(|at| *at < span.start);
+        let line = |problem: &Problem| starts.partition_point(|at| *at < problem.at);
+        let mut problems = reader.problems;
         let mut broken = BTreeMap::new();
-        if !syntax.is_empty() {
-            reader
-                .problems
-                .retain(|problem| !problem.message.starts_with(MISSING));
-        }
         for error in syntax {
-            let span = error.span().unwrap_or(0..0);
-            let message = error.message().to_owned();
-            let problem = || Problem {
-                span: span.clone(),
-                message,
-            };
-            broken.entry(line(&span)).or_insert_with(problem);
+            let problem = Problem::new(error.span(), error.message(text));
+            broken.entry(line(&problem)).or_insert(problem);
         }
-        reader
-            .problems
-            .retain(|problem| !broken.contains_key(&line(&problem.span)));
-        reader.problems.extend(broken.into_values());
-        reader.problems.sort_by_key(|problem| problem.span.start);
-        let more = reader
-            .problems
-            .split_off(reader.problems.len().min(MAX_PROBLEMS));
-        if let Some(first) = more.first() {
-            let message = format!("{}; and {} more like these", first.message, more.len() - 1);
-            reader.problem(first.span.clone(), message);
+        problems.retain(|problem| !broken.contains_key(&line(problem)));
+        problems.extend(broken.into_values());
+        problems.sort_by_key(|problem| problem.at);
+        let more = problems.split_off(problems.len().min(MAX_PROBLEMS));
+        let others = more.len().saturating_sub(1);
+        if let Some(Problem { at, message }) = more.into_iter().next() {
+            let message = format!("{message}; and {others} more like these");
+            problems.push(Problem { at, message });
         }
-        Err(reader.problems)
+        Err(problems)
     }
 
     /// The uplinks that a call is for.
@@ -325,9 +315,18 @@ impl Config {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Its place, in bytes.
-    pub span: Range<usize>,
+    pub at: usize,
     /// What it is, and what would be right.
     pub message: String,
+}
+
+impl Problem {
+    fn new(span: Span, message: impl Into<String>) -> Self {
+        Self {
+            at: span.range().start,
+            message: message.into(),
+        }
+    }
 }
 
 /// All that is wrong with a configuration file.
@@ -342,7 +341,7 @@ impl Errors {
     /// One line for each: file, line, column (both from 1, in characters), message.
     pub fn lines(&self) -> impl Iterator<Item = String> {
         self.problems.iter().map(|problem| {
-            let (line, column) = place(&self.text, problem.span.start);
+            let (line, column) = place(&self.text, problem.at);
             format!(
                 "{}:{line}:{column}: {}",
                 self.path.display(),
@@ -457,75 +456,71 @@ pub const KEYS: [(&str, &[&str]); 6] = [
     ("a forward", &["proto", "port", "to", "from"]),
 ];
 
-/// What each message of a missing key starts with.
-const MISSING: &str = "missing ";
-
-type Key<'a> = &'a Spanned<std::borrow::Cow<'a, str>>;
-type Value<'a> = &'a Spanned<DeValue<'a>>;
-
 /// Walks the parsed document and collects what is wrong, so that one run shows all of it.
-#[derive(Default)]
 struct Reader {
+    /// Whether the parser has left out a part, and what follows a header that it left out stands elsewhere.
+    is_broken: bool,
     problems: Vec<Problem>,
 }
 
 impl Reader {
-    fn problem(&mut self, span: Range<usize>, message: impl Into<String>) {
-        self.problems.push(Problem {
-            span,
-            message: message.into(),
-        });
+    fn problem(&mut self, span: Span, message: impl Into<String>) {
+        self.problems.push(Problem::new(span, message));
+    }
+
+    /// A problem, unless what is missing may stand in what the parser left out.
+    fn missing(&mut self, span: Span, what: &str) {
+        if !self.is_broken {
+            self.problem(span, format!("missing {what}"));
+        }
     }
 
     /// The value, or a problem at its place.
-    fn take<T>(&mut self, span: Range<usize>, value: Result<T>) -> Option<T> {
+    fn take<T>(&mut self, span: Span, value: Result<T>) -> Option<T> {
         value
             .map_err(|error| self.problem(span, format!("{error:#}")))
             .ok()
     }
 
     /// A problem for each key that the table of this name does not have.
-    fn known(&mut self, table: &DeTable, place: &str) {
+    fn known(&mut self, table: &Table, place: &str) {
         let (_, keys) = KEYS
             .iter()
             .find(|(name, _)| *name == place)
             .expect("each place has its keys");
-        for key in table
-            .keys()
-            .filter(|key| !keys.contains(&key.get_ref().as_ref()))
-        {
-            let name = key.get_ref();
+        let unknown = table.iter().filter(|(key, _)| !keys.contains(&key.name));
+        for (Key { name, span }, _) in unknown {
+            let known = keys.join(", ");
             self.problem(
-                key.span(),
-                format!(
-                    "unknown key {name:?} in {place}; there are {}",
-                    keys.join(", ")
-                ),
+                *span,
+                format!("unknown key {name:?} in {place}; there are {known}"),
             );
         }
     }
 
-    fn table<'a>(&mut self, root: &'a DeTable<'a>, key: &str) -> Option<&'a DeTable<'a>> {
+    fn table<'a>(&mut self, root: &'a Table<'a>, key: &str) -> Option<&'a Table<'a>> {
         let value = root.get(key)?;
-        let table = value.get_ref().as_table();
+        let table = value.as_table();
         if table.is_none() {
             self.problem(value.span(), format!("{key} is a table: [{key}]"));
         }
         table
     }
 
-    fn config(&mut self, root: &DeTable) -> Config {
-        self.known(root, "the file");
+    fn config(&mut self, root: &Table) -> Config {
+        if !self.is_broken {
+            self.known(root, "the file");
+        }
         let lan = self.lan(root);
         let mask = self.mask(root);
         let priority = self.priority(root);
         let mut uplinks = BTreeMap::new();
         let mut places = Vec::new();
         for (key, value) in self.table(root, "uplink").into_iter().flatten() {
-            let Some(name) = self.take(key.span(), UplinkName::parse(key.get_ref())) else {
+            let Some(name) = self.take(key.span, UplinkName::parse(key.name)) else {
                 continue;
             };
-            let Some(table) = value.get_ref().as_table() else {
+            let Some(table) = value.as_table() else {
                 self.problem(
                     value.span(),
                     format!("an uplink is a table: [uplink.{name}]"),
@@ -533,17 +528,17 @@ impl Reader {
                 continue;
             };
             if uplinks.len() == MAX_UPLINKS {
-                self.problem(key.span(), format!("more than {MAX_UPLINKS} uplinks"));
+                self.problem(key.span, format!("more than {MAX_UPLINKS} uplinks"));
                 break;
             }
             if let Some(uplink) = self.uplink(key, table, mask) {
-                places.push((name.clone(), key.span()));
+                places.push((name.clone(), key.span));
                 uplinks.insert(name, uplink);
             }
         }
         if root
             .get("uplink")
-            .is_some_and(|value| value.get_ref().as_table().is_some_and(|t| !t.is_empty()))
+            .is_some_and(|value| value.as_table().is_some_and(|t| !t.is_empty()))
         {
             for (key, none) in [
                 ("interfaces", lan.interfaces.is_empty()),
@@ -551,15 +546,15 @@ impl Reader {
             ] {
                 let written = root
                     .get("lan")
-                    .and_then(|l| l.get_ref().as_table())
+                    .and_then(Item::as_table)
                     .is_some_and(|l| l.contains_key(key));
                 if none && !written {
                     let place = root
                         .get_key_value("lan")
-                        .map_or(0..0, |(key, _)| key.span());
-                    self.problem(
+                        .map_or(Span::default(), |(key, _)| key.span);
+                    self.missing(
                         place,
-                        format!("{MISSING}key {key} in [lan]: required once there is an uplink"),
+                        &format!("key {key} in [lan]: required once there is an uplink"),
                     );
                 }
             }
@@ -573,7 +568,7 @@ impl Reader {
         }
     }
 
-    fn lan(&mut self, root: &DeTable) -> Lan {
+    fn lan(&mut self, root: &Table) -> Lan {
         let Some(table) = self.table(root, "lan") else {
             return Lan::default();
         };
@@ -591,7 +586,7 @@ impl Reader {
         }
     }
 
-    fn mask(&mut self, root: &DeTable) -> u32 {
+    fn mask(&mut self, root: &Table) -> u32 {
         const DEFAULT: u32 = 0xff;
         let Some(table) = self.table(root, "mark") else {
             return DEFAULT;
@@ -601,7 +596,7 @@ impl Reader {
             .unwrap_or(DEFAULT)
     }
 
-    fn priority(&mut self, root: &DeTable) -> Priority {
+    fn priority(&mut self, root: &Table) -> Priority {
         let mut priority = Priority {
             local: 98,
             mark: 99,
@@ -641,13 +636,13 @@ impl Reader {
                 "local must come ahead of mark, source and pin, and mark ahead of pin; \
                  local is {local}, mark {mark}, source {source}, pin {pin}"
             );
-            self.problem(key.span(), message);
+            self.problem(key.span, message);
         }
         priority
     }
 
-    fn uplink(&mut self, name: Key, table: &DeTable, mask: u32) -> Option<Uplink> {
-        let place = format!("[uplink.{}]", name.get_ref());
+    fn uplink(&mut self, name: &Key, table: &Table, mask: u32) -> Option<Uplink> {
+        let place = format!("[uplink.{}]", name.name);
         self.known(table, "[uplink]");
         let identity = self.identity(name, table, &place);
         let pin = self.list(
@@ -664,9 +659,11 @@ impl Reader {
                 let Some((key, _)) = table.get_key_value(needs) else {
                     continue;
                 };
-                self.problem(
-                    key.span(),
-                    format!("{MISSING}key table in {place}: {needs} needs a routing table of its own: table = 10"),
+                self.missing(
+                    key.span,
+                    &format!(
+                        "key table in {place}: {needs} needs a routing table of its own: table = 10"
+                    ),
                 );
             }
         }
@@ -680,7 +677,7 @@ impl Reader {
             let at = table
                 .get("mark")
                 .or(table.get("table"))
-                .map_or(name.span(), Spanned::span);
+                .map_or(name.span, Item::span);
             let (low, high) = (1u32 << mask.trailing_zeros(), mask);
             self.problem(
                 at,
@@ -703,8 +700,8 @@ impl Reader {
         })
     }
 
-    fn identity(&mut self, name: Key, table: &DeTable, place: &str) -> Option<Identity> {
-        let string = |value: &DeValue| {
+    fn identity(&mut self, name: &Key, table: &Table, place: &str) -> Option<Identity> {
+        let string = |value: &Item| {
             let text = value
                 .as_str()
                 .filter(|text| !text.is_empty() && !text.chars().any(char::is_control));
@@ -712,17 +709,14 @@ impl Reader {
         };
         let mut texts = ["ipparam", "linkname", "peer"].map(|key| {
             let value = table.get(key)?;
-            let text = string(value.get_ref());
+            let text = string(value);
             self.take(
                 value.span(),
                 text.with_context(|| format!("{key} is a string of printable characters")),
             )
         });
         let interface = table.get("interface").and_then(|value| {
-            let text = value
-                .get_ref()
-                .as_str()
-                .context("interface is a name: \"ppp0\"");
+            let text = value.as_str().context("interface is a name: \"ppp0\"");
             self.take(value.span(), text.and_then(IfName::parse))
         });
         let [ipparam, linkname, peer] = texts.each_mut().map(Option::take);
@@ -734,23 +728,21 @@ impl Reader {
         };
         if !["interface", "ipparam", "linkname", "peer"]
             .iter()
-            .any(|key| table.contains_key(*key))
+            .any(|key| table.contains_key(key))
         {
-            self.problem(
-                name.span(),
-                format!(
-                    "{MISSING}interface in {place}: say which link this is by interface, ipparam, linkname or peer: \
-                     interface = \"ppp0\""
-                ),
+            let what = format!(
+                "interface in {place}: say which link this is by interface, ipparam, linkname or peer: \
+                 interface = \"ppp0\""
             );
+            self.missing(name.span, &what);
         }
         (identity != Identity::default()).then_some(identity)
     }
 
-    fn table_id(&mut self, table: &DeTable) -> Option<TableId> {
+    fn table_id(&mut self, table: &Table) -> Option<TableId> {
         let id: u32 = self.integer(table, "table", 1..=0x7fff_ffff)?;
         if (253..=255).contains(&id) {
-            let span = table.get("table").map_or(0..0, Spanned::span);
+            let span = table.get("table").map_or(Span::default(), Item::span);
             self.problem(
                 span,
                 format!(
@@ -762,19 +754,19 @@ impl Reader {
         Some(TableId(id))
     }
 
-    fn forwards(&mut self, table: &DeTable) -> Vec<Forward> {
+    fn forwards(&mut self, table: &Table) -> Vec<Forward> {
         let Some(value) = table.get("forward") else {
             return Vec::new();
         };
         let example = "forward is a list of tables: [{ port = 80, to = \"192.168.0.2\" }]";
-        let Some(items) = value.get_ref().as_array() else {
+        let Some(items) = value.as_array() else {
             self.problem(value.span(), example);
             return Vec::new();
         };
         let mut forwards: Vec<Forward> = Vec::new();
         let mut earlier = Earlier::default();
         for item in items.iter() {
-            let Some(table) = item.get_ref().as_table() else {
+            let Some(table) = item.as_table() else {
                 self.problem(item.span(), example);
                 continue;
             };
@@ -793,25 +785,20 @@ impl Reader {
         forwards
     }
 
-    fn forward(&mut self, item: Value, table: &DeTable) -> Option<Forward> {
+    fn forward(&mut self, item: &Item, table: &Table) -> Option<Forward> {
         self.known(table, "a forward");
         let protocols = match table.get("proto") {
             None => Some(vec![Protocol::Tcp]),
             Some(value) => self.protocols(value),
         };
         let ports = match table.get("port") {
-            Some(value) => self
-                .take(value.span(), port_range(value.get_ref()))
-                .map(Some),
+            Some(value) => self.take(value.span(), port_range(value)).map(Some),
             None => Some(None),
         };
         let to = match table.get("to") {
-            Some(value) => self.take(value.span(), target(value.get_ref())),
+            Some(value) => self.take(value.span(), target(value)),
             None => {
-                self.problem(
-                    item.span(),
-                    format!("{MISSING}to: the LAN host: to = \"192.168.0.2\""),
-                );
+                self.missing(item.span(), "to: the LAN host: to = \"192.168.0.2\"");
                 None
             }
         };
@@ -822,10 +809,7 @@ impl Reader {
             address_or_prefix,
         );
         if let Some(value) = table.get("from")
-            && value
-                .get_ref()
-                .as_array()
-                .is_some_and(|list| list.is_empty())
+            && value.as_array().is_some_and(|list| list.is_empty())
         {
             self.problem(
                 value.span(),
@@ -836,7 +820,7 @@ impl Reader {
         let portless =
             protocols.is_empty() || !protocols.iter().all(|protocol| protocol.has_ports());
         if ports.is_some() && portless {
-            let span = table.get("port").map_or(item.span(), Spanned::span);
+            let span = table.get("port").map_or(item.span(), Item::span);
             self.problem(
                 span,
                 "only tcp, udp and sctp have ports: leave port out, or name these protocols only",
@@ -847,7 +831,7 @@ impl Reader {
                 .as_ref()
                 .is_none_or(|ports| ports.start() != ports.end())
         {
-            let span = table.get("to").map_or(item.span(), Spanned::span);
+            let span = table.get("to").map_or(item.span(), Item::span);
             self.problem(
                 span,
                 "a port in to goes with one port: several keep theirs, so give an address alone",
@@ -863,12 +847,9 @@ impl Reader {
     }
 
     /// The protocols; none for any.
-    fn protocols(&mut self, value: Value) -> Option<Vec<Protocol>> {
-        let single = std::slice::from_ref(value);
-        let names = value
-            .get_ref()
-            .as_array()
-            .map_or(single, |list| list.as_ref());
+    fn protocols(&mut self, value: &Item) -> Option<Vec<Protocol>> {
+        let list = value.as_array();
+        let names = list.map_or(std::slice::from_ref(value), Array::as_slice);
         let mut protocols = Vec::new();
         if names.is_empty() {
             self.problem(
@@ -877,10 +858,10 @@ impl Reader {
             );
         }
         for name in names {
-            let text = name.get_ref().as_str().unwrap_or_default();
+            let text = name.as_str().unwrap_or_default();
             let known = Protocol::parse(text);
             let message = match known {
-                _ if text == "any" && !value.get_ref().is_array() => return Some(Vec::new()),
+                _ if text == "any" && list.is_none() => return Some(Vec::new()),
                 _ if text == "any" => "\"any\" stands alone: proto = \"any\"",
                 Some(protocol) if protocols.contains(&protocol) => "stands twice in proto",
                 Some(protocol) => {
@@ -899,7 +880,7 @@ impl Reader {
     /// A list of strings, each parsed; a problem for each that is not, and for doubles.
     fn list<T: PartialEq>(
         &mut self,
-        table: &DeTable,
+        table: &Table,
         key: &str,
         what: &str,
         parse: fn(&str) -> Result<T>,
@@ -907,14 +888,13 @@ impl Reader {
         let Some(value) = table.get(key) else {
             return Vec::new();
         };
-        let Some(items) = value.get_ref().as_array() else {
+        let Some(items) = value.as_array() else {
             self.problem(value.span(), format!("{key} is a list of {what}"));
             return Vec::new();
         };
         let mut list = Vec::new();
         for item in items.iter() {
             let parsed = item
-                .get_ref()
                 .as_str()
                 .with_context(|| format!("{key} is a list of {what}"))
                 .and_then(parse);
@@ -929,18 +909,18 @@ impl Reader {
         list
     }
 
-    fn boolean(&mut self, table: &DeTable, key: &str) -> Option<bool> {
+    fn boolean(&mut self, table: &Table, key: &str) -> Option<bool> {
         let value = table.get(key)?;
-        let boolean = value.get_ref().as_bool();
+        let boolean = value.as_bool();
         if boolean.is_none() {
             self.problem(value.span(), format!("{key} is true or false"));
         }
         boolean
     }
 
-    fn integer(&mut self, table: &DeTable, key: &str, range: RangeInclusive<u64>) -> Option<u32> {
+    fn integer(&mut self, table: &Table, key: &str, range: RangeInclusive<u64>) -> Option<u32> {
         let value = table.get(key)?;
-        let integer = number(value.get_ref()).filter(|number| range.contains(number));
+        let integer = value.as_u64().filter(|number| range.contains(number));
         if integer.is_none() {
             self.problem(
                 value.span(),
@@ -957,7 +937,7 @@ impl Reader {
     /// Tables, marks and interfaces must tell uplinks apart.
     fn unique(
         &mut self,
-        places: &[(UplinkName, Range<usize>)],
+        places: &[(UplinkName, Span)],
         uplinks: &BTreeMap<UplinkName, Uplink>,
         lan: &Lan,
     ) {
@@ -967,7 +947,7 @@ impl Reader {
                 && lan.interfaces.contains(interface)
             {
                 self.problem(
-                    span.clone(),
+                    *span,
                     format!("interface {interface} of {name} is one of [lan] interfaces too"),
                 );
             }
@@ -977,7 +957,7 @@ impl Reader {
                     .any(|network| pin.is_subnet_of(*network))
             }) {
                 self.problem(
-                    span.clone(),
+                    *span,
                     format!("pin {pin} of {name} lies in none of [lan] networks"),
                 );
             }
@@ -988,27 +968,27 @@ impl Reader {
                     let message = format!(
                         "{earlier} and {name} match the same link: give one of them what the other has not"
                     );
-                    self.problem(span.clone(), message);
+                    self.problem(*span, message);
                 }
                 if let Some(pin) = uplink
                     .pin
                     .iter()
                     .find(|pin| other.pin.iter().any(|theirs| theirs.overlaps(**pin)))
                 {
-                    self.problem(span.clone(), format!("{earlier} and {name} both pin {pin}"));
+                    self.problem(*span, format!("{earlier} and {name} both pin {pin}"));
                 }
                 let (Some(ours), Some(theirs)) = (&uplink.routing, &other.routing) else {
                     continue;
                 };
                 if ours.table == theirs.table {
                     self.problem(
-                        span.clone(),
+                        *span,
                         format!("{earlier} and {name} both have table {}", ours.table),
                     );
                 }
                 if ours.mark == theirs.mark && ours.table != theirs.table {
                     self.problem(
-                        span.clone(),
+                        *span,
                         format!("{earlier} and {name} both have mark {}", ours.mark.value),
                     );
                 }
@@ -1037,24 +1017,20 @@ fn prefix(text: &str) -> Result<Ipv4Network> {
     Ok(network)
 }
 
-fn number(value: &DeValue) -> Option<u64> {
-    let integer = value.as_integer()?;
-    u64::from_str_radix(integer.as_str().trim_start_matches('+'), integer.radix()).ok()
-}
-
-fn port_range(value: &DeValue) -> Result<RangeInclusive<u16>> {
+fn port_range(value: &Item) -> Result<RangeInclusive<u16>> {
     let what = "port is one port (80) or a range (\"27015-27030\"), from 1 to 65535";
     let port = |text: &str| {
         text.parse::<u16>()
             .ok()
             .filter(|port| *port > 0 && text.starts_with(|c: char| c.is_ascii_digit()))
     };
-    let range = match value {
-        DeValue::Integer(_) => number(value)
+    let range = match value.value() {
+        Value::Integer(integer) => integer
+            .as_u64()
             .and_then(|n| u16::try_from(n).ok())
             .filter(|n| *n > 0)
             .map(|n| n..=n),
-        DeValue::String(text) => match text.split_once('-') {
+        Value::String(text) => match text.split_once('-') {
             Some((first, last)) => port(first)
                 .zip(port(last))
                 .map(|(first, last)| first..=last),
@@ -1067,7 +1043,7 @@ fn port_range(value: &DeValue) -> Result<RangeInclusive<u16>> {
     Ok(range)
 }
 
-fn target(value: &DeValue) -> Result<(Ipv4Addr, Option<u16>)> {
+fn target(value: &Item) -> Result<(Ipv4Addr, Option<u16>)> {
     let what = "to is a LAN host's address, or address:port: \"192.168.0.2:22\"";
     let text = value.as_str().context(what)?;
     let (address, port) = match text.split_once(':') {

@@ -26,7 +26,7 @@ fn every_file_has_the_errors_that_are_written() {
             Err(problems) => problems
                 .iter()
                 .map(|problem| {
-                    let (line, column) = place(&text, problem.span.start);
+                    let (line, column) = place(&text, problem.at);
                     format!("{line}:{column}: {}\n", problem.message)
                 })
                 .collect(),

@@ -34,10 +34,8 @@ pub fn config(data: &[u8]) {
             let lines = text.matches('\n').count() + 1;
             let mut last = (1, 1);
             for problem in problems {
-                let span = problem.span;
-                assert!(span.start <= span.end && span.end <= text.len(), "{span:?}");
-                assert!(text.is_char_boundary(span.start), "{span:?}");
-                let at = place(text, span.start);
+                assert!(text.is_char_boundary(problem.at), "{problem:?}");
+                let at = place(text, problem.at);
                 assert!(at >= last && at.0 <= lines, "{at:?} behind {last:?}");
                 assert!(!problem.message.is_empty());
                 last = at;
