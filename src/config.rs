@@ -182,7 +182,19 @@ impl Protocol {
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL
             .into_iter()
-            .find(|protocol| protocol.to_string() == name)
+            .find(|protocol| protocol.name() == name)
+    }
+
+    /// Its name, as /etc/protocols has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Icmp => "icmp",
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Gre => "gre",
+            Self::Esp => "esp",
+            Self::Sctp => "sctp",
+        }
     }
 
     /// Its number in IP (IANA, Assigned Internet Protocol Numbers).
@@ -205,14 +217,7 @@ impl Protocol {
 
 impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Icmp => "icmp",
-            Self::Tcp => "tcp",
-            Self::Udp => "udp",
-            Self::Gre => "gre",
-            Self::Esp => "esp",
-            Self::Sctp => "sctp",
-        })
+        f.write_str(self.name())
     }
 }
 
@@ -763,24 +768,22 @@ impl Reader {
             self.problem(value.span(), example);
             return Vec::new();
         };
-        let mut forwards: Vec<Forward> = Vec::new();
-        let mut earlier = Earlier::default();
-        for item in items.iter() {
+        let mut forwards: Vec<Forward> = Vec::with_capacity(items.len());
+        let mut places = Vec::with_capacity(items.len());
+        for item in items {
             let Some(table) = item.as_table() else {
                 self.problem(item.span(), example);
                 continue;
             };
-            let Some(forward) = self.forward(item, table) else {
-                continue;
-            };
-            if let Some(earlier) = earlier.overlapping(&forward, &forwards) {
-                self.problem(
-                    item.span(),
-                    format!("overlaps the forward of {} above it", describe(earlier)),
-                );
+            if let Some(forward) = self.forward(item, table) {
+                forwards.push(forward);
+                places.push(item.span());
             }
-            earlier.note(&forward, forwards.len());
-            forwards.push(forward);
+        }
+        for (later, earlier) in overlapping(&forwards) {
+            let earlier = describe(&forwards[earlier]);
+            let message = format!("overlaps the forward of {earlier} above it");
+            self.problem(places[later], message);
         }
         forwards
     }
@@ -1087,38 +1090,34 @@ pub fn describe(forward: &Forward) -> String {
     }
 }
 
-/// The forwards of an uplink so far, so found that thousands with one port each need not all be
-/// compared with each other.
-#[derive(Default)]
-struct Earlier {
-    /// The indices of those with one port, by protocol and port.
-    single: BTreeMap<(Protocol, u16), Vec<usize>>,
-    /// The indices of all others.
-    other: Vec<usize>,
-}
-
-impl Earlier {
-    fn note(&mut self, forward: &Forward, index: usize) {
+/// The forwards that overlap one above them, by index, each with the first such. Thousands with one port
+/// each are not all compared with each other.
+fn overlapping(forwards: &[Forward]) -> BTreeMap<usize, usize> {
+    let mut single = Vec::with_capacity(forwards.len());
+    let mut other = Vec::new();
+    for (index, forward) in forwards.iter().enumerate() {
         match keys(forward) {
-            Some(keys) => keys.for_each(|key| self.single.entry(key).or_default().push(index)),
-            None => self.other.push(index),
+            Some(keys) => single.extend(keys.map(|key| (key, index))),
+            None => other.push(index),
         }
     }
-
-    /// The first that overlaps this one.
-    fn overlapping<'a>(&self, forward: &Forward, forwards: &'a [Forward]) -> Option<&'a Forward> {
-        let is_it = |index: &usize| overlap(&forwards[*index], forward);
-        let index = match keys(forward) {
-            None => (0..forwards.len()).find(is_it),
-            Some(keys) => {
-                let same = keys.filter_map(|key| self.single.get(&key)).flatten();
-                let mut candidates: Vec<usize> = same.chain(&self.other).copied().collect();
-                candidates.sort_unstable();
-                candidates.into_iter().find(is_it)
-            }
-        };
-        index.map(|index| &forwards[index])
+    single.sort_unstable();
+    let same = single.chunk_by(|(one, _), (two, _)| one == two);
+    let same = same.flat_map(|group| {
+        let each = group.iter().enumerate();
+        each.flat_map(|(place, (_, later))| group[..place].iter().map(|(_, it)| (*it, *later)))
+    });
+    let all = other
+        .iter()
+        .flat_map(|index| (0..forwards.len()).map(|it| (it.min(*index), it.max(*index))));
+    let mut first = BTreeMap::new();
+    for (earlier, later) in same.chain(all) {
+        if earlier < later && overlap(&forwards[earlier], &forwards[later]) {
+            let known = first.entry(later).or_insert(earlier);
+            *known = earlier.min(*known);
+        }
     }
+    first
 }
 
 /// Its protocols, each with its port, where it has one.

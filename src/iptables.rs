@@ -79,9 +79,10 @@ pub fn parse(save: &str) -> Result<BTreeMap<(Table, UplinkName), Share>> {
     }
     anyhow::ensure!(committed, "iptables-save ended in the middle of a table");
     let mut shares = listing.shares;
-    for ((table, chain), (uplink, rules)) in listing.chains {
-        let share = shares.entry((table, uplink)).or_default();
-        share.chains.insert(chain.to_owned(), Rc::new(rules));
+    for chain in listing.chains {
+        let share = shares.entry((chain.table, chain.uplink)).or_default();
+        let (name, rules) = (chain.name.to_owned(), Rc::new(chain.rules));
+        share.chains.insert(name, rules);
     }
     Ok(shares)
 }
@@ -89,19 +90,45 @@ pub fn parse(save: &str) -> Result<BTreeMap<(Table, UplinkName), Share>> {
 /// Ours of what has been read so far.
 #[derive(Default)]
 struct Listing<'a> {
-    chains: BTreeMap<(Table, &'a str), (UplinkName, Vec<Rulespec>)>,
+    chains: Vec<Chain<'a>>,
+    /// Where a chain stands among them.
+    places: BTreeMap<(Table, &'a str), usize>,
+    /// That of the last rule: the next is mostly of the same chain.
+    last: usize,
     /// The entries in other chains.
     shares: BTreeMap<(Table, UplinkName), Share>,
 }
 
+/// A chain of ours.
+struct Chain<'a> {
+    table: Table,
+    name: &'a str,
+    uplink: UplinkName,
+    rules: Vec<Rulespec>,
+}
+
 impl<'a> Listing<'a> {
+    fn chain(&mut self, table: Table, name: &str) -> Option<&mut Chain<'a>> {
+        let last = self.chains.get(self.last);
+        if !last.is_some_and(|last| last.name == name && last.table == table) {
+            self.last = *self.places.get(&(table, name))?;
+        }
+        self.chains.get_mut(self.last)
+    }
+
     fn line(&mut self, line: &'a str, table: Table) -> Result<()> {
         if let Some(declared) = line.strip_prefix(':') {
-            let chain = declared.split(' ').next().unwrap_or_default();
-            if let Some(uplink) = UplinkName::of_chain(chain) {
-                self.chains
-                    .entry((table, chain))
-                    .or_insert((uplink, Vec::new()));
+            let name = declared.split(' ').next().unwrap_or_default();
+            if let Some(uplink) = UplinkName::of_chain(name)
+                && self.chain(table, name).is_none()
+            {
+                self.places.insert((table, name), self.chains.len());
+                self.chains.push(Chain {
+                    table,
+                    name,
+                    uplink,
+                    rules: Vec::new(),
+                });
             }
             return Ok(());
         }
@@ -109,8 +136,8 @@ impl<'a> Listing<'a> {
             return Ok(());
         };
         let (chain, spec) = rest.split_once(' ').unwrap_or((rest, ""));
-        if let Some((_, rules)) = self.chains.get_mut(&(table, chain)) {
-            rules.push(rulespec(spec)?);
+        if let Some(chain) = self.chain(table, chain) {
+            chain.rules.push(rulespec(spec)?);
             return Ok(());
         }
         if spec.contains('\n') {
@@ -139,7 +166,7 @@ fn rulespec(text: &str) -> Result<Rulespec> {
     let is_in_form = text.bytes().all(|byte| {
         let fits = match byte {
             b' ' => last != b' ',
-            _ => is_plain(byte.into()),
+            _ => is_plain(byte),
         };
         last = byte;
         fits
@@ -185,7 +212,7 @@ pub fn join(words: &[String]) -> String {
         if !text.is_empty() {
             text.push(' ');
         }
-        if !word.is_empty() && word.chars().all(is_plain) {
+        if !word.is_empty() && word.bytes().all(is_plain) {
             text.push_str(word);
         } else {
             text.push('"');
@@ -208,13 +235,10 @@ fn option<'a>(spec: &'a Rulespec, option: &str) -> Option<&'a str> {
     words.next()
 }
 
-/// Whether a character needs no quotes.
-fn is_plain(c: char) -> bool {
-    c.is_ascii_alphanumeric()
-        || matches!(
-            c,
-            '-' | '_' | '.' | '/' | ':' | ',' | '=' | '!' | '+' | '@' | '%'
-        )
+/// Whether a byte needs no quotes.
+#[inline(always)]
+fn is_plain(byte: u8) -> bool {
+    matches!(byte, b'a'..=b'z' | b'A'..=b'Z' | b'+'..=b':' | b'_' | b'=' | b'!' | b'@' | b'%')
 }
 
 /// The rules of an uplink's chains, in the order in which a packet meets them.
