@@ -6,12 +6,11 @@ use std::fs;
 use anyhow::{Error, Result, anyhow};
 use log::{Level, info, log};
 
-use crate::command::{OnError, Tools};
+use crate::command::{OnError, Output, Running, Tools};
 use crate::ip;
 use crate::iptables;
 use crate::link::rp_filter_path;
 use crate::plan::{Change, Step};
-use crate::state::Table;
 
 /// What came of a plan.
 #[derive(Debug, Default)]
@@ -52,13 +51,23 @@ impl Outcome {
 /// Carries out the steps in their order, `ip` and iptables asked once each where the order lets them.
 pub fn apply(tools: &Tools, steps: &[Step], on_error: OnError) -> Outcome {
     let mut outcome = Outcome::default();
-    for group in steps.chunk_by(|a, b| kind(a) == kind(b)) {
-        let result = match kind(&group[0]) {
-            Kind::Ip => ip_batch(tools, group, on_error, &mut outcome),
-            Kind::Iptables => iptables_restore(tools, group, &mut outcome),
-            Kind::File => rp_filter(tools, group, &mut outcome),
-        };
-        outcome.errors.extend(result.err());
+    let groups: Vec<&[Step]> = steps.chunk_by(|a, b| kind(a) == kind(b)).collect();
+    // The tools start all at once, and their input is written meanwhile. Each has it when its turn comes.
+    let starts = groups.iter().map(|group| start(tools, group, on_error));
+    let started: Vec<Option<Result<Running>>> = starts.collect();
+    let inputs: Vec<String> = groups.iter().map(|group| input(group)).collect();
+    for ((group, tool), input) in groups.into_iter().zip(started).zip(inputs) {
+        match tool.map(|tool| tool.and_then(|tool| tool.run(&input))) {
+            None => rp_filter(tools, group, &mut outcome),
+            Some(Err(error)) => outcome.errors.push(error),
+            Some(Ok(output)) if output.status.success() => {
+                group.iter().for_each(|step| outcome.done(step, tools));
+            }
+            Some(Ok(output)) => match kind(&group[0]) {
+                Kind::Ip => ip_failed(tools, group, on_error, &output, &mut outcome),
+                _ => iptables_failed(tools, group, &input, &output, &mut outcome),
+            },
+        }
         if on_error == OnError::Stop && !outcome.errors.is_empty() {
             break;
         }
@@ -88,19 +97,52 @@ fn first_command(step: &Step) -> String {
         .unwrap_or_default()
 }
 
-fn ip_batch(tools: &Tools, steps: &[Step], on_error: OnError, outcome: &mut Outcome) -> Result<()> {
-    let mut lines = String::new();
-    for (_, command) in steps.iter().flat_map(Step::commands) {
-        // A batch line is the command without its first word.
-        let command = command.to_string();
-        lines.push_str(command.strip_prefix("ip ").unwrap_or(&command));
-        lines.push('\n');
+/// The tool for steps of one kind; none for files.
+fn start(tools: &Tools, steps: &[Step], on_error: OnError) -> Option<Result<Running>> {
+    match kind(&steps[0]) {
+        Kind::Ip => Some(tools.ip_batch(on_error)),
+        Kind::Iptables => Some(tools.iptables_restore()),
+        Kind::File => None,
     }
-    let output = tools.ip_batch(on_error, &lines)?;
-    if output.status.success() {
-        steps.iter().for_each(|step| outcome.done(step, tools));
-        return Ok(());
+}
+
+/// What the tool for steps of one kind reads.
+fn input(steps: &[Step]) -> String {
+    let mut input = String::new();
+    for group in steps.chunk_by(|a, b| a.table() == b.table()) {
+        match group[0].table() {
+            Some(table) => {
+                // Writing to a String can't fail.
+                let _ = writeln!(input, "*{table}");
+                group
+                    .iter()
+                    .for_each(|step| iptables::restore_lines(step, &mut input));
+                input += COMMIT;
+                input += "\n";
+            }
+            None => {
+                for (_, command) in group.iter().flat_map(Step::commands) {
+                    // A batch line is the command without its first word.
+                    let command = command.to_string();
+                    input += command.strip_prefix("ip ").unwrap_or(&command);
+                    input += "\n";
+                }
+            }
+        }
     }
+    input
+}
+
+/// The last line of each table.
+const COMMIT: &str = "COMMIT";
+
+fn ip_failed(
+    tools: &Tools,
+    steps: &[Step],
+    on_error: OnError,
+    output: &Output,
+    outcome: &mut Outcome,
+) {
     let failures = ip::failures(&output.stderr);
     let known = failures.iter().any(|(line, _)| *line > 0);
     for (index, step) in steps.iter().enumerate() {
@@ -110,7 +152,7 @@ fn ip_batch(tools: &Tools, steps: &[Step], on_error: OnError, outcome: &mut Outc
                 .errors
                 .push(anyhow!("{command}: {ending}: {words}{advice}"));
             if on_error == OnError::Stop {
-                return Ok(());
+                return;
             }
         } else if known {
             outcome.done(step, tools);
@@ -121,52 +163,32 @@ fn ip_batch(tools: &Tools, steps: &[Step], on_error: OnError, outcome: &mut Outc
             .errors
             .push(anyhow!("ip -batch: {}", output.failure()));
     }
-    Ok(())
 }
 
-fn iptables_restore(tools: &Tools, steps: &[Step], outcome: &mut Outcome) -> Result<()> {
-    let mut input = String::new();
-    // The last line of each table.
-    let mut ends: Vec<(usize, &[Step])> = Vec::new();
-    for group in steps.chunk_by(|a, b| a.table() == b.table()) {
-        let Some(table) = group[0].table() else {
-            continue;
-        };
-        open_table(table, &mut input);
-        group
-            .iter()
-            .for_each(|step| iptables::restore_lines(step, &mut input));
-        input.push_str("COMMIT\n");
-        ends.push((input.lines().count(), group));
-    }
-    let output = tools.iptables_restore(&input)?;
+fn iptables_failed(
+    tools: &Tools,
+    steps: &[Step],
+    input: &str,
+    output: &Output,
+    outcome: &mut Outcome,
+) {
     // Each table is one transaction: those ahead of the line that failed are done.
-    let failed = if output.status.success() {
-        usize::MAX
-    } else {
-        failed_line(&output.stderr).unwrap_or(0)
-    };
-    for (_, group) in ends.iter().take_while(|(end, _)| *end < failed) {
+    let failed = failed_line(&output.stderr).unwrap_or(0);
+    let ahead = input.lines().take(failed.saturating_sub(1));
+    let done = ahead.filter(|line| *line == COMMIT).count();
+    for group in steps.chunk_by(|a, b| a.table() == b.table()).take(done) {
         group.iter().for_each(|step| outcome.done(step, tools));
     }
-    if !output.status.success() {
-        let line = input
-            .lines()
-            .nth(failed.wrapping_sub(1))
-            .filter(|line| *line != "COMMIT");
-        let line = line.map(|line| format!(" at {line:?}")).unwrap_or_default();
-        let advice = advice(&output.stderr);
-        outcome.errors.push(anyhow!(
-            "iptables-restore{line}: {}{advice}",
-            output.failure()
-        ));
-    }
-    Ok(())
-}
-
-fn open_table(table: Table, input: &mut String) {
-    // Writing to a String can't fail.
-    let _ = writeln!(input, "*{table}");
+    let line = input
+        .lines()
+        .nth(failed.wrapping_sub(1))
+        .filter(|line| *line != COMMIT);
+    let line = line.map(|line| format!(" at {line:?}")).unwrap_or_default();
+    let advice = advice(&output.stderr);
+    outcome.errors.push(anyhow!(
+        "iptables-restore{line}: {}{advice}",
+        output.failure()
+    ));
 }
 
 /// The number behind "line" in the words of either backend: `line 5 failed`, `Error occurred at line: 5`.
@@ -178,7 +200,7 @@ fn failed_line(stderr: &str) -> Option<usize> {
     words.next()?.parse().ok()
 }
 
-fn rp_filter(tools: &Tools, steps: &[Step], outcome: &mut Outcome) -> Result<()> {
+fn rp_filter(tools: &Tools, steps: &[Step], outcome: &mut Outcome) {
     for step in steps {
         let Step::RpFilter {
             interface, value, ..
@@ -194,7 +216,6 @@ fn rp_filter(tools: &Tools, steps: &[Step], outcome: &mut Outcome) -> Result<()>
                 .push(anyhow!("{}: {error}", first_command(step))),
         }
     }
-    Ok(())
 }
 
 /// What to do about the commonest of the tools' complaints.

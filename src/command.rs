@@ -3,18 +3,17 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::File;
-use std::io::{Read, Seek, Write};
-use std::os::fd::AsFd;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
@@ -24,7 +23,8 @@ const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 /// How long one command may take.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// How much a tool prints ahead, in bytes: as much as anybody may have (`/proc/sys/fs/pipe-max-size`, pipe(7)).
+/// How much a tool prints ahead, and we write ahead, in bytes: as much as anybody may have
+/// (`/proc/sys/fs/pipe-max-size`, pipe(7)).
 const PIPE: i32 = 1 << 20;
 
 /// The most that a tool may print, in bytes: 10,000 rules are 1 MiB.
@@ -160,22 +160,25 @@ impl Tools {
     /// # Errors
     /// One can't be run.
     pub fn ask(&self, questions: &str, counters: Counters) -> Result<Asked> {
+        // The one that takes longer first: the second may get the first's processor.
+        let save = self.start(&self.save, counters.args())?;
+        let ip = self.start(&self.ip, &["-4", "-N", "-batch", "-"])?;
         Ok(Asked {
-            ip: self.start(&self.ip, &["-4", "-N", "-batch", "-"], questions)?,
-            save: self.start(&self.save, counters.args(), "")?,
+            ip: ip.with(questions)?,
+            save: save.with("")?,
         })
     }
 
-    /// Carries out a batch of `ip` lines.
+    /// Starts what carries out a batch of `ip` lines, once it has them.
     ///
     /// # Errors
-    /// It can't be run, or not within its time.
-    pub fn ip_batch(&self, on_error: OnError, lines: &str) -> Result<Output> {
+    /// It can't be run.
+    pub fn ip_batch(&self, on_error: OnError) -> Result<Running> {
         let args: &[&str] = match on_error {
             OnError::Stop => &["-4", "-batch", "-"],
             OnError::GoOn => &["-4", "-force", "-batch", "-"],
         };
-        self.run(&self.ip, args, lines)
+        self.start(&self.ip, args)
     }
 
     /// The answer to one `ip` question, its words apart by spaces, or its refusal.
@@ -216,7 +219,7 @@ impl Tools {
     /// # Errors
     /// It can't be run or fails.
     pub fn iptables_save(&self, counters: Counters) -> Result<String> {
-        self.start(&self.save, counters.args(), "")?.answer()
+        self.start(&self.save, counters.args())?.with("")?.answer()
     }
 
     /// The names of all tables of nftables, where its tool is installed.
@@ -226,21 +229,23 @@ impl Tools {
     pub fn nft_tables(&self) -> Result<Option<String>> {
         match find("nft", "nftables") {
             Ok(path) => self
-                .start(&path, &["list", "tables"], "")?
+                .start(&path, &["list", "tables"])?
+                .with("")?
                 .answer()
                 .map(Some),
             Err(_) => Ok(None),
         }
     }
 
-    /// Changes tables, each in one transaction. The lock of the legacy backend is waited for.
+    /// Starts what changes tables, each in one transaction, once it has its input. The lock of the legacy
+    /// backend is waited for.
     ///
     /// # Errors
-    /// It can't be run, or not within its time.
-    pub fn iptables_restore(&self, input: &str) -> Result<Output> {
+    /// It can't be run.
+    pub fn iptables_restore(&self) -> Result<Running> {
         // One second less than it has, so that it gives up by itself and says why.
         let seconds = self.limit().as_secs().saturating_sub(1).max(1).to_string();
-        self.run(&self.restore, &["--noflush", "--wait", &seconds], input)
+        self.start(&self.restore, &["--noflush", "--wait", &seconds])
     }
 
     /// All IPv4 connections that are tracked; none where the tool is not installed.
@@ -292,17 +297,16 @@ impl Tools {
     }
 
     fn run(&self, path: &Path, args: &[&str], input: &str) -> Result<Output> {
-        self.start(path, args, input)?.finish()
+        self.start(path, args)?.run(input)
     }
 
-    fn start(&self, path: &Path, args: &[&str], input: &str) -> Result<Running> {
+    fn start(&self, path: &Path, args: &[&str]) -> Result<Running> {
         let name = path.file_name().unwrap_or_default();
         let name = [&[name.to_str().unwrap_or_default()], args]
             .concat()
             .join(" ");
-        let limit = self.limit();
         ensure!(
-            !limit.is_zero(),
+            !self.limit().is_zero(),
             "{name}: not run: the time for this call is over"
         );
         let child = Command::new(path)
@@ -312,7 +316,7 @@ impl Tools {
             .current_dir("/")
             // Its own group, so that a late one is stopped with all that it started.
             .process_group(0)
-            .stdin(stdin(input).with_context(|| format!("{name}: hand over its input"))?)
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -324,7 +328,8 @@ impl Tools {
         Ok(Running {
             name,
             child,
-            until: Instant::now() + limit,
+            input: Vec::new(),
+            until: self.deadline,
             has_ended: false,
         })
     }
@@ -349,16 +354,42 @@ impl Asked {
 
 /// A tool that runs. Where nobody has waited for its end, or in vain, it is stopped with all that it started.
 #[derive(Debug)]
-struct Running {
+pub struct Running {
     name: String,
     child: Child,
+    /// What it has not taken yet.
+    input: Vec<u8>,
     until: Instant,
     has_ended: bool,
 }
 
 impl Running {
+    /// Hands over all its input, as much as it takes at once; the rest follows as it reads.
+    fn with(mut self, input: &str) -> Result<Self> {
+        self.until = self.until.min(Instant::now() + LIMIT);
+        let mut left = input.as_bytes();
+        if let Some(stdin) = &self.child.stdin {
+            if input.len() > 1 << 16 {
+                let _ = fcntl(stdin, FcntlArg::F_SETPIPE_SZ(PIPE));
+            }
+            fcntl(stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+                .with_context(|| format!("{}: hand over its input", self.name))?;
+        }
+        write_some(&mut self.child.stdin, &mut left).with_context(|| self.name.clone())?;
+        self.input = left.to_vec();
+        Ok(self)
+    }
+
+    /// Hands over its input and waits for its end.
+    ///
+    /// # Errors
+    /// It does not end within its time.
+    pub fn run(self, input: &str) -> Result<Output> {
+        self.with(input)?.finish()
+    }
+
     fn finish(mut self) -> Result<Output> {
-        let output = finish(&mut self.child, self.until);
+        let output = finish(&mut self.child, &self.input, self.until);
         self.has_ended = output.is_ok();
         output.with_context(|| self.name.clone())
     }
@@ -443,30 +474,18 @@ fn find(name: &str, package: &str) -> Result<PathBuf> {
     })
 }
 
-/// The input as a file in memory: unlike a pipe it takes all at once, so that nobody waits for us
-/// while we wait for him.
-fn stdin(input: &str) -> Result<Stdio> {
-    if input.is_empty() {
-        return Ok(Stdio::null());
-    }
-    let mut file =
-        File::from(memfd_create("mh-hook", MFdFlags::MFD_CLOEXEC).context("memfd_create")?);
-    file.write_all(input.as_bytes())?;
-    file.rewind()?;
-    Ok(file.into())
-}
-
-/// Reads both outputs to their ends and waits.
-fn finish(child: &mut Child, until: Instant) -> Result<Output> {
+/// Hands over the input, reads both outputs to their ends and waits.
+fn finish(child: &mut Child, mut input: &[u8], until: Instant) -> Result<Output> {
+    let mut stdin = child.stdin.take();
     let mut stdout = child.stdout.take();
     let mut stderr = child.stderr.take();
     let (mut out, mut err) = (Vec::new(), Vec::new());
     while stdout.is_some() || stderr.is_some() {
-        let (out_ready, err_ready) = ready(
-            stdout.as_ref().map(AsFd::as_fd),
-            stderr.as_ref().map(AsFd::as_fd),
-            until,
-        )?;
+        let fds = [fd(&stdin), fd(&stdout), fd(&stderr)];
+        let [in_ready, out_ready, err_ready] = ready(fds, until)?;
+        if in_ready {
+            write_some(&mut stdin, &mut input)?;
+        }
         if out_ready {
             read_some(&mut stdout, &mut out)?;
         }
@@ -474,13 +493,15 @@ fn finish(child: &mut Child, until: Instant) -> Result<Output> {
             read_some(&mut stderr, &mut err)?;
         }
     }
+    let mut pause = Duration::from_micros(10);
     let status = loop {
         // Its outputs are closed, so it is about to end.
         match child.try_wait().context("wait")? {
             Some(status) => break status,
             None if Instant::now() >= until => bail!(TOO_LATE),
-            None => std::thread::sleep(Duration::from_micros(200)),
+            None => std::thread::sleep(pause),
         }
+        pause = (2 * pause).min(Duration::from_millis(1));
     };
     let text = |bytes: Vec<u8>| match String::from_utf8(bytes) {
         Ok(text) => text,
@@ -496,27 +517,55 @@ fn finish(child: &mut Child, until: Instant) -> Result<Output> {
 
 const TOO_LATE: &str = "did not end in its time and was stopped";
 
-type Fd<'a> = Option<std::os::fd::BorrowedFd<'a>>;
+type Fd<'a> = Option<BorrowedFd<'a>>;
 
-/// Which of the two can be read, once one can.
-fn ready(stdout: Fd, stderr: Fd, until: Instant) -> Result<(bool, bool)> {
+fn fd(pipe: &Option<impl AsFd>) -> Fd<'_> {
+    pipe.as_ref().map(AsFd::as_fd)
+}
+
+/// Which of stdin, stdout and stderr can go on, once one can.
+fn ready(fds: [Fd; 3], until: Instant) -> Result<[bool; 3]> {
     let left = until.saturating_duration_since(Instant::now());
     ensure!(!left.is_zero(), TOO_LATE);
     let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-    let mut fds: Vec<PollFd> = [stdout, stderr]
-        .into_iter()
-        .flatten()
-        .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+    let events = [PollFlags::POLLOUT, PollFlags::POLLIN, PollFlags::POLLIN];
+    let each = fds.into_iter().zip(events);
+    let mut asked: Vec<PollFd> = each
+        .filter_map(|(fd, events)| fd.map(|fd| PollFd::new(fd, events)))
         .collect();
-    match poll(&mut fds, timeout) {
-        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+    match poll(&mut asked, timeout) {
+        Ok(_) | Err(Errno::EINTR) => {}
         Err(errno) => return Err(errno).context("poll"),
     }
-    let mut any = fds.iter().map(|fd| fd.any().unwrap_or(false));
-    Ok((
-        stdout.is_some() && any.next().unwrap_or(false),
-        stderr.is_some() && any.next().unwrap_or(false),
-    ))
+    let mut any = asked.iter().map(|fd| fd.any().unwrap_or(false));
+    Ok(fds.map(|fd| fd.is_some() && any.next().unwrap_or(false)))
+}
+
+/// Writes as much as the pipe takes; behind the end of the input it goes. So it does where nobody reads
+/// any more, and how the tool ends tells why.
+fn write_some(pipe: &mut Option<ChildStdin>, input: &mut &[u8]) -> Result<()> {
+    let Some(stdin) = pipe else {
+        return Ok(());
+    };
+    while !input.is_empty() {
+        match stdin.write(whole_lines(input)) {
+            Ok(length) => *input = &input[length..],
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
+            Err(error) => return Err(error).context("hand over its input"),
+        }
+    }
+    *pipe = None;
+    Ok(())
+}
+
+/// As many lines as are written at once or not at all (`PIPE_BUF`, pipe(7)): when we are killed, no tool
+/// reads half a line.
+fn whole_lines(input: &[u8]) -> &[u8] {
+    let most = &input[..input.len().min(4096)];
+    let end = most.iter().rposition(|byte| *byte == b'\n');
+    end.map_or(most, |end| &most[..=end])
 }
 
 /// Reads what is there; at its end the pipe goes.

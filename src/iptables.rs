@@ -366,7 +366,11 @@ pub fn restore_lines(step: &Step, out: &mut String) {
             Edit::Flush => writeln!(out, "-F {chain}"),
             Edit::Delete(spec) => writeln!(out, "-D {chain} {}", spec.0),
             Edit::Insert(number, spec) => writeln!(out, "-I {chain} {number} {}", spec.0),
-            Edit::Append(spec) => writeln!(out, "-A {chain} {}", spec.0),
+            // By the thousand, and std's formatting would take longer than all else.
+            Edit::Append(Rulespec(spec)) => {
+                out.extend(["-A ", chain, " ", spec, "\n"]);
+                Ok(())
+            }
             Edit::Remove => writeln!(out, "-X {chain}"),
         }),
         Step::Route(..) | Step::RouteRule(..) | Step::RpFilter { .. } => Ok(()),

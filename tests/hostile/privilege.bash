@@ -30,7 +30,7 @@ test_nothing_is_opened_or_run_that_the_job_does_not_need() {
         mapfile -t allowed < <(allowed_for "$command")
         rm -f "$LAB_DIR"/calls.*
         # shellcheck disable=SC2086 # a command and its arguments
-        in_ns router strace -ff -qq -y -s 4096 -e signal=none -e trace=%file,%network,memfd_create,init_module,finit_module \
+        in_ns router strace -ff -qq -y -s 4096 -e signal=none -e trace=%file,%network,init_module,finit_module \
             -o "$LAB_DIR/calls" -- env -i "$MH_HOOK" --config "$LAB_CONFIG" $command >/dev/null 2>&1 </dev/null ||
             [[ $command == check ]] || fail "$command does not work under strace"
         "$(dirname "$0")/calls" "$LAB_DIR/calls" "$MH_HOOK=PROGRAM/mh-hook" "$LAB_CONFIG=CONFIG" "${LAB_CONFIG%/*}=FOLDER" >"$LAB_DIR/lines"
