@@ -1,6 +1,5 @@
 //! Runs the steps of a plan: as few processes as can be, and the truth about each step.
 
-use std::fmt::Write as _;
 use std::fs;
 
 use anyhow::{Error, Result, anyhow};
@@ -52,12 +51,11 @@ impl Outcome {
 pub fn apply(tools: &Tools, steps: &[Step], on_error: OnError) -> Outcome {
     let mut outcome = Outcome::default();
     let groups: Vec<&[Step]> = steps.chunk_by(|a, b| kind(a) == kind(b)).collect();
-    // The tools start all at once, and their input is written meanwhile. Each has it when its turn comes.
+    // The tools start all at once, and each has its input when its turn comes.
     let starts = groups.iter().map(|group| start(tools, group, on_error));
     let started: Vec<Option<Result<Running>>> = starts.collect();
-    let inputs: Vec<String> = groups.iter().map(|group| input(group)).collect();
-    for ((group, tool), input) in groups.into_iter().zip(started).zip(inputs) {
-        match tool.map(|tool| tool.and_then(|tool| tool.run(&input))) {
+    for (group, tool) in groups.into_iter().zip(started) {
+        match tool.map(|tool| tool.and_then(|tool| tool.run(&mut input(group)))) {
             None => rp_filter(tools, group, &mut outcome),
             Some(Err(error)) => outcome.errors.push(error),
             Some(Ok(output)) if output.status.success() => {
@@ -65,7 +63,7 @@ pub fn apply(tools: &Tools, steps: &[Step], on_error: OnError) -> Outcome {
             }
             Some(Ok(output)) => match kind(&group[0]) {
                 Kind::Ip => ip_failed(tools, group, on_error, &output, &mut outcome),
-                _ => iptables_failed(tools, group, &input, &output, &mut outcome),
+                _ => iptables_failed(tools, group, &output, &mut outcome),
             },
         }
         if on_error == OnError::Stop && !outcome.errors.is_empty() {
@@ -106,31 +104,26 @@ fn start(tools: &Tools, steps: &[Step], on_error: OnError) -> Option<Result<Runn
     }
 }
 
-/// What the tool for steps of one kind reads.
-fn input(steps: &[Step]) -> String {
-    let mut input = String::new();
-    for group in steps.chunk_by(|a, b| a.table() == b.table()) {
-        match group[0].table() {
-            Some(table) => {
-                // Writing to a String can't fail.
-                let _ = writeln!(input, "*{table}");
-                group
-                    .iter()
-                    .for_each(|step| iptables::restore_lines(step, &mut input));
-                input += COMMIT;
-                input += "\n";
-            }
-            None => {
-                for (_, command) in group.iter().flat_map(Step::commands) {
-                    // A batch line is the command without its first word.
-                    let command = command.to_string();
-                    input += command.strip_prefix("ip ").unwrap_or(&command);
-                    input += "\n";
-                }
-            }
-        }
-    }
-    input
+/// What the tool for steps of one kind reads: whole lines.
+fn input(steps: &[Step]) -> impl Iterator<Item = String> {
+    let tables = steps.chunk_by(|a, b| a.table() == b.table());
+    tables.flat_map(|steps| {
+        let table = steps[0].table();
+        let begin = table.map(|table| format!("*{table}\n"));
+        let end = table.map(|_| format!("{COMMIT}\n"));
+        let lines = steps.iter().map(|step| match step.table() {
+            Some(_) => iptables::restore_lines(step),
+            None => ip_lines(step),
+        });
+        begin.into_iter().chain(lines).chain(end)
+    })
+}
+
+fn ip_lines(step: &Step) -> String {
+    let commands = step.commands().into_iter();
+    // A batch line is the command without its first word.
+    let lines = commands.map(|(_, command)| format!("{command}\n").split_off("ip ".len()));
+    lines.collect()
 }
 
 /// The last line of each table.
@@ -165,15 +158,10 @@ fn ip_failed(
     }
 }
 
-fn iptables_failed(
-    tools: &Tools,
-    steps: &[Step],
-    input: &str,
-    output: &Output,
-    outcome: &mut Outcome,
-) {
+fn iptables_failed(tools: &Tools, steps: &[Step], output: &Output, outcome: &mut Outcome) {
     // Each table is one transaction: those ahead of the line that failed are done.
     let failed = failed_line(&output.stderr).unwrap_or(0);
+    let input: String = input(steps).collect();
     let ahead = input.lines().take(failed.saturating_sub(1));
     let done = ahead.filter(|line| *line == COMMIT).count();
     for group in steps.chunk_by(|a, b| a.table() == b.table()).take(done) {

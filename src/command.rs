@@ -27,6 +27,9 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// (`/proc/sys/fs/pipe-max-size`, pipe(7)).
 const PIPE: i32 = 1 << 20;
 
+/// How many bytes a pipe takes at once or not at all (pipe(7)).
+const PIPE_BUF: usize = 4096;
+
 /// The most that a tool may print, in bytes: 10,000 rules are 1 MiB.
 const MAX_OUTPUT: usize = 64 << 20;
 
@@ -165,7 +168,7 @@ impl Tools {
         let ip = self.start(&self.ip, &["-4", "-N", "-batch", "-"])?;
         Ok(Asked {
             ip: ip.with(questions)?,
-            save: save.with("")?,
+            save,
         })
     }
 
@@ -187,7 +190,7 @@ impl Tools {
     /// It can't be run.
     pub fn ip_ask(&self, question: &str) -> Result<Output> {
         let words = ["-4", "-N"].into_iter().chain(question.split(' '));
-        self.run(&self.ip, &words.collect::<Vec<_>>(), "")
+        self.start(&self.ip, &words.collect::<Vec<_>>())?.finish()
     }
 
     /// What `ip` and iptables-save say of their versions.
@@ -196,7 +199,7 @@ impl Tools {
     /// One can't be run.
     pub fn versions(&self) -> Result<(String, String)> {
         let version = |path: &Path| -> Result<String> {
-            let output = self.run(path, &["-V"], "")?;
+            let output = self.start(path, &["-V"])?.finish()?;
             Ok(output.stdout.trim().to_owned())
         };
         Ok((version(&self.ip)?, version(&self.save)?))
@@ -210,7 +213,7 @@ impl Tools {
         let Ok(path) = find("nft", "nftables") else {
             return Ok(None);
         };
-        let output = self.run(&path, &["list", "chains"], "")?;
+        let output = self.start(&path, &["list", "chains"])?.finish()?;
         Ok(output.status.success().then_some(output.stdout))
     }
 
@@ -219,7 +222,7 @@ impl Tools {
     /// # Errors
     /// It can't be run or fails.
     pub fn iptables_save(&self, counters: Counters) -> Result<String> {
-        self.start(&self.save, counters.args())?.with("")?.answer()
+        self.start(&self.save, counters.args())?.answer()
     }
 
     /// The names of all tables of nftables, where its tool is installed.
@@ -228,11 +231,7 @@ impl Tools {
     /// It can't be run or fails.
     pub fn nft_tables(&self) -> Result<Option<String>> {
         match find("nft", "nftables") {
-            Ok(path) => self
-                .start(&path, &["list", "tables"])?
-                .with("")?
-                .answer()
-                .map(Some),
+            Ok(path) => self.start(&path, &["list", "tables"])?.answer().map(Some),
             Err(_) => Ok(None),
         }
     }
@@ -256,7 +255,7 @@ impl Tools {
         let Some(path) = &self.conntrack else {
             return Ok(None);
         };
-        let output = self.run(path, &["-L", "-f", "ipv4"], "")?;
+        let output = self.start(path, &["-L", "-f", "ipv4"])?.finish()?;
         let name = "conntrack -L -f ipv4";
         ensure!(output.status.success(), "{name}: {}", output.failure());
         // `conntrack v1.4.7 (conntrack-tools): 3 flow entries have been shown.`
@@ -283,7 +282,8 @@ impl Tools {
             return Ok(());
         };
         // By `-` it would open /dev/stdin, which a small system need not have.
-        let output = self.run(path, &["--load-file", "/proc/self/fd/0"], lines)?;
+        let delete = self.start(path, &["--load-file", "/proc/self/fd/0"])?;
+        let output = delete.run(&mut [lines.to_owned()].into_iter())?;
         ensure!(
             output.status.success(),
             "conntrack --load-file: {}",
@@ -294,10 +294,6 @@ impl Tools {
 
     fn limit(&self) -> Duration {
         LIMIT.min(self.deadline.saturating_duration_since(Instant::now()))
-    }
-
-    fn run(&self, path: &Path, args: &[&str], input: &str) -> Result<Output> {
-        self.start(path, args)?.run(input)
     }
 
     fn start(&self, path: &Path, args: &[&str]) -> Result<Running> {
@@ -321,14 +317,13 @@ impl Tools {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("run {}", path.display()))?;
-        if let Some(stdout) = &child.stdout {
-            // A tool need not wait for us to read; a smaller pipe does as well, but takes longer.
-            let _ = fcntl(stdout, FcntlArg::F_SETPIPE_SZ(PIPE));
+        // Nobody waits for the other to read; a smaller pipe does as well, but takes longer.
+        for pipe in [fd(&child.stdin), fd(&child.stdout)].into_iter().flatten() {
+            let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE));
         }
         Ok(Running {
             name,
             child,
-            input: Vec::new(),
             until: self.deadline,
             has_ended: false,
         })
@@ -357,41 +352,33 @@ impl Asked {
 pub struct Running {
     name: String,
     child: Child,
-    /// What it has not taken yet.
-    input: Vec<u8>,
     until: Instant,
     has_ended: bool,
 }
 
 impl Running {
-    /// Hands over all its input, as much as it takes at once; the rest follows as it reads.
+    /// Hands over all its input, which is no more than a pipe takes at once.
     fn with(mut self, input: &str) -> Result<Self> {
-        self.until = self.until.min(Instant::now() + LIMIT);
-        let mut left = input.as_bytes();
-        if let Some(stdin) = &self.child.stdin {
-            if input.len() > 1 << 16 {
-                let _ = fcntl(stdin, FcntlArg::F_SETPIPE_SZ(PIPE));
-            }
-            fcntl(stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
-                .with_context(|| format!("{}: hand over its input", self.name))?;
+        if let Some(mut stdin) = self.child.stdin.take() {
+            let written = stdin.write_all(input.as_bytes());
+            written.with_context(|| format!("{}: hand over its input", self.name))?;
         }
-        write_some(&mut self.child.stdin, &mut left).with_context(|| self.name.clone())?;
-        self.input = left.to_vec();
         Ok(self)
     }
 
-    /// Hands over its input and waits for its end.
+    /// Hands over its input, piece by piece as it reads, and waits for its end.
     ///
     /// # Errors
     /// It does not end within its time.
-    pub fn run(self, input: &str) -> Result<Output> {
-        self.with(input)?.finish()
-    }
-
-    fn finish(mut self) -> Result<Output> {
-        let output = finish(&mut self.child, &self.input, self.until);
+    pub fn run(mut self, input: &mut dyn Iterator<Item = String>) -> Result<Output> {
+        self.until = self.until.min(Instant::now() + LIMIT);
+        let output = talk(&mut self.child, input, self.until);
         self.has_ended = output.is_ok();
         output.with_context(|| self.name.clone())
+    }
+
+    fn finish(self) -> Result<Output> {
+        self.run(&mut std::iter::empty())
     }
 
     /// What it prints; a failure is an error.
@@ -475,16 +462,24 @@ fn find(name: &str, package: &str) -> Result<PathBuf> {
 }
 
 /// Hands over the input, reads both outputs to their ends and waits.
-fn finish(child: &mut Child, mut input: &[u8], until: Instant) -> Result<Output> {
+fn talk(
+    child: &mut Child,
+    input: &mut dyn Iterator<Item = String>,
+    until: Instant,
+) -> Result<Output> {
     let mut stdin = child.stdin.take();
     let mut stdout = child.stdout.take();
     let mut stderr = child.stderr.take();
+    if let Some(stdin) = &stdin {
+        fcntl(stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("hand over its input")?;
+    }
+    let mut left = String::new();
     let (mut out, mut err) = (Vec::new(), Vec::new());
     while stdout.is_some() || stderr.is_some() {
         let fds = [fd(&stdin), fd(&stdout), fd(&stderr)];
         let [in_ready, out_ready, err_ready] = ready(fds, until)?;
         if in_ready {
-            write_some(&mut stdin, &mut input)?;
+            write_some(&mut stdin, &mut left, input)?;
         }
         if out_ready {
             read_some(&mut stdout, &mut out)?;
@@ -541,15 +536,27 @@ fn ready(fds: [Fd; 3], until: Instant) -> Result<[bool; 3]> {
     Ok(fds.map(|fd| fd.is_some() && any.next().unwrap_or(false)))
 }
 
-/// Writes as much as the pipe takes; behind the end of the input it goes. So it does where nobody reads
-/// any more, and how the tool ends tells why.
-fn write_some(pipe: &mut Option<ChildStdin>, input: &mut &[u8]) -> Result<()> {
+/// Writes as much as the pipe takes; behind the end of the input the pipe goes. So it does where nobody
+/// reads any more, and how the tool ends tells why.
+fn write_some(
+    pipe: &mut Option<ChildStdin>,
+    left: &mut String,
+    input: &mut dyn Iterator<Item = String>,
+) -> Result<()> {
     let Some(stdin) = pipe else {
         return Ok(());
     };
-    while !input.is_empty() {
-        match stdin.write(whole_lines(input)) {
-            Ok(length) => *input = &input[length..],
+    loop {
+        while left.len() < PIPE_BUF
+            && let Some(next) = input.next()
+        {
+            left.push_str(&next);
+        }
+        if left.is_empty() {
+            break;
+        }
+        match stdin.write(whole_lines(left.as_bytes())) {
+            Ok(length) => drop(left.drain(..length)),
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
@@ -560,10 +567,9 @@ fn write_some(pipe: &mut Option<ChildStdin>, input: &mut &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// As many lines as are written at once or not at all (`PIPE_BUF`, pipe(7)): when we are killed, no tool
-/// reads half a line.
+/// As many lines as are written at once or not at all: when we are killed, no tool reads half a line.
 fn whole_lines(input: &[u8]) -> &[u8] {
-    let most = &input[..input.len().min(4096)];
+    let most = &input[..input.len().min(PIPE_BUF)];
     let end = most.iter().rposition(|byte| *byte == b'\n');
     end.map_or(most, |end| &most[..=end])
 }

@@ -1,5 +1,6 @@
 //! The configuration file: text to [`Config`], every error with its place. Knows neither kernel nor event.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
@@ -140,7 +141,7 @@ impl Identity {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Forward {
     /// The protocols, in the order of the file; none for any.
-    pub protocols: Vec<Protocol>,
+    pub protocols: Cow<'static, [Protocol]>,
     /// The ports at the uplink's address; none for all, or where the protocol has none.
     pub ports: Option<RangeInclusive<u16>>,
     /// The LAN host.
@@ -270,6 +271,14 @@ impl Config {
     /// # Errors
     /// All that is wrong, in the order of the text.
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
+        let mut config = Self::without_chains(text)?;
+        for (name, uplink) in &mut config.uplinks {
+            uplink.chains = chains(name, &uplink.forwards);
+        }
+        Ok(config)
+    }
+
+    fn without_chains(text: &str) -> Result<Self, Vec<Problem>> {
         let arena = Arena::new();
         let document = parse_recoverable(text, &arena);
         let syntax = document.errors();
@@ -277,11 +286,8 @@ impl Config {
             is_broken: !syntax.is_empty(),
             problems: Vec::new(),
         };
-        let mut config = reader.config(document.table());
+        let config = reader.config(document.table());
         if !reader.is_broken && reader.problems.is_empty() {
-            for (name, uplink) in &mut config.uplinks {
-                uplink.chains = chains(name, &uplink.forwards);
-            }
             return Ok(config);
         }
         // The parser went on after a mistake as well as it could: of what it makes of a broken line only
@@ -435,31 +441,34 @@ fn trusted(fd: impl AsFd, kind: SFlag) -> Result<FileStat> {
 /// Between those of the local table and of main (`ip-rule(8)`).
 const PRIORITIES: RangeInclusive<u64> = 1..=32765;
 
-/// Each table's name, as the messages have it, and its keys.
-pub const KEYS: [(&str, &[&str]); 6] = [
-    ("the file", &["lan", "mark", "priority", "uplink"]),
-    ("[lan]", &["interfaces", "networks"]),
-    ("[mark]", &["mask"]),
-    ("[priority]", &["local", "mark", "source", "pin"]),
-    (
-        "[uplink]",
-        &[
-            "interface",
-            "ipparam",
-            "linkname",
-            "peer",
-            "table",
-            "mark",
-            "masquerade",
-            "hairpin",
-            "clamp-mss",
-            "accept-forward",
-            "pin",
-            "forward",
-        ],
-    ),
-    ("a forward", &["proto", "port", "to", "from"]),
-];
+/// A table's name, as the messages have it, and its keys.
+type Keys = (&'static str, &'static [&'static str]);
+
+const FILE: Keys = ("the file", &["lan", "mark", "priority", "uplink"]);
+const LAN: Keys = ("[lan]", &["interfaces", "networks"]);
+const MARK: Keys = ("[mark]", &["mask"]);
+const PRIORITY: Keys = ("[priority]", &["local", "mark", "source", "pin"]);
+const UPLINK: Keys = (
+    "[uplink]",
+    &[
+        "interface",
+        "ipparam",
+        "linkname",
+        "peer",
+        "table",
+        "mark",
+        "masquerade",
+        "hairpin",
+        "clamp-mss",
+        "accept-forward",
+        "pin",
+        "forward",
+    ],
+);
+const FORWARD: Keys = ("a forward", &["proto", "port", "to", "from"]);
+
+/// All tables.
+pub const KEYS: [Keys; 6] = [FILE, LAN, MARK, PRIORITY, UPLINK, FORWARD];
 
 /// Walks the parsed document and collects what is wrong, so that one run shows all of it.
 struct Reader {
@@ -487,12 +496,8 @@ impl Reader {
             .ok()
     }
 
-    /// A problem for each key that the table of this name does not have.
-    fn known(&mut self, table: &Table, place: &str) {
-        let (_, keys) = KEYS
-            .iter()
-            .find(|(name, _)| *name == place)
-            .expect("each place has its keys");
+    /// A problem for each key that is none of these.
+    fn known(&mut self, table: &Table, (place, keys): Keys) {
         let unknown = table.iter().filter(|(key, _)| !keys.contains(&key.name));
         for (Key { name, span }, _) in unknown {
             let known = keys.join(", ");
@@ -514,7 +519,7 @@ impl Reader {
 
     fn config(&mut self, root: &Table) -> Config {
         if !self.is_broken {
-            self.known(root, "the file");
+            self.known(root, FILE);
         }
         let lan = self.lan(root);
         let mask = self.mask(root);
@@ -577,7 +582,7 @@ impl Reader {
         let Some(table) = self.table(root, "lan") else {
             return Lan::default();
         };
-        self.known(table, "[lan]");
+        self.known(table, LAN);
         let interfaces = self.list(
             table,
             "interfaces",
@@ -596,7 +601,7 @@ impl Reader {
         let Some(table) = self.table(root, "mark") else {
             return DEFAULT;
         };
-        self.known(table, "[mark]");
+        self.known(table, MARK);
         self.integer(table, "mask", 1..=u32::MAX.into())
             .unwrap_or(DEFAULT)
     }
@@ -611,7 +616,7 @@ impl Reader {
         let Some(table) = self.table(root, "priority") else {
             return priority;
         };
-        self.known(table, "[priority]");
+        self.known(table, PRIORITY);
         let keys = [
             ("local", &mut priority.local),
             ("mark", &mut priority.mark),
@@ -648,7 +653,7 @@ impl Reader {
 
     fn uplink(&mut self, name: &Key, table: &Table, mask: u32) -> Option<Uplink> {
         let place = format!("[uplink.{}]", name.name);
-        self.known(table, "[uplink]");
+        self.known(table, UPLINK);
         let identity = self.identity(name, table, &place);
         let pin = self.list(
             table,
@@ -789,10 +794,10 @@ impl Reader {
     }
 
     fn forward(&mut self, item: &Item, table: &Table) -> Option<Forward> {
-        self.known(table, "a forward");
+        self.known(table, FORWARD);
         let protocols = match table.get("proto") {
-            None => Some(vec![Protocol::Tcp]),
-            Some(value) => self.protocols(value),
+            None => Some(Cow::Borrowed(&[Protocol::Tcp][..])),
+            Some(value) => self.protocols(value).map(Cow::Owned),
         };
         let ports = match table.get("port") {
             Some(value) => self.take(value.span(), port_range(value)).map(Some),
@@ -811,7 +816,8 @@ impl Reader {
             "source prefixes: [\"198.51.100.0/24\"]",
             address_or_prefix,
         );
-        if let Some(value) = table.get("from")
+        if from.is_empty()
+            && let Some(value) = table.get("from")
             && value.as_array().is_some_and(|list| list.is_empty())
         {
             self.problem(

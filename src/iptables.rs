@@ -355,7 +355,8 @@ pub fn entry_flag(change: Change, table: Table) -> &'static str {
 }
 
 /// The lines for iptables-restore that carry out a step on a table.
-pub fn restore_lines(step: &Step, out: &mut String) {
+pub fn restore_lines(step: &Step) -> String {
+    let mut out = String::new();
     // Writing to a String can't fail.
     let _ = match step {
         Step::Entry(change, table, chain, spec) => {
@@ -375,4 +376,5 @@ pub fn restore_lines(step: &Step, out: &mut String) {
         }),
         Step::Route(..) | Step::RouteRule(..) | Step::RpFilter { .. } => Ok(()),
     };
+    out
 }

@@ -98,7 +98,7 @@ fn forward() -> impl Strategy<Value = Forward> {
     (ports, protocols, from, open, 2..250u8).prop_map(|(ports, protocols, from, open, host)| {
         Forward {
             ports: ports.filter(|_| open.is_none()),
-            protocols: open.unwrap_or(protocols),
+            protocols: open.unwrap_or(protocols).into(),
             to: Ipv4Addr::new(192, 168, 0, host),
             to_port: None,
             from: from
@@ -144,7 +144,7 @@ proptest! {
 fn single(port: u16) -> Forward {
     Forward {
         ports: Some(port..=port),
-        protocols: vec![Protocol::Tcp],
+        protocols: vec![Protocol::Tcp].into(),
         to: Ipv4Addr::new(192, 168, 0, 2),
         to_port: None,
         from: Vec::new(),

@@ -92,7 +92,7 @@ fn paint(uplink: &Uplink) -> BTreeMap<(Protocol, u16), Place> {
         let Some(ports) = &forward.ports else {
             continue;
         };
-        for protocol in &forward.protocols {
+        for protocol in forward.protocols.iter() {
             for port in ports.clone() {
                 let to_port = forward.to_port.unwrap_or(port);
                 places

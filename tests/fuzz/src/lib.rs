@@ -250,7 +250,7 @@ fn literal(steps: &[Step]) {
     let mut input = String::new();
     for step in steps {
         input.clear();
-        tables::restore_lines(step, &mut input);
+        input += &tables::restore_lines(step);
         assert!(
             input.lines().all(|line| line.starts_with([':', '-'])),
             "{input:?}"
