@@ -27,6 +27,9 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// (`/proc/sys/fs/pipe-max-size`, pipe(7)).
 const PIPE: i32 = 1 << 20;
 
+/// How long what a tool prints may stay in its pipe.
+const PAUSE: Duration = Duration::from_millis(2);
+
 /// How many bytes a pipe takes at once or not at all (pipe(7)).
 const PIPE_BUF: usize = 4096;
 
@@ -518,16 +521,26 @@ fn fd(pipe: &Option<impl AsFd>) -> Fd<'_> {
     pipe.as_ref().map(AsFd::as_fd)
 }
 
-/// Which of stdin, stdout and stderr can go on, once one can.
+/// Which of stdin, stdout and stderr can go on. What a tool prints stays in the pipe until the tool has ended or
+/// a while has gone by: woken at each of its writes, we would take its processor from it.
 fn ready(fds: [Fd; 3], until: Instant) -> Result<[bool; 3]> {
     let left = until.saturating_duration_since(Instant::now());
     ensure!(!left.is_zero(), TOO_LATE);
-    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-    let events = [PollFlags::POLLOUT, PollFlags::POLLIN, PollFlags::POLLIN];
+    // The end of a pipe is told whether it is asked for or not (poll(2)).
+    let ready = poll_each(fds, PollFlags::empty(), left.min(PAUSE))?;
+    if ready.contains(&true) {
+        return Ok(ready);
+    }
+    poll_each(fds, PollFlags::POLLIN, Duration::ZERO)
+}
+
+fn poll_each(fds: [Fd; 3], of_outputs: PollFlags, timeout: Duration) -> Result<[bool; 3]> {
+    let events = [PollFlags::POLLOUT, of_outputs, of_outputs];
     let each = fds.into_iter().zip(events);
     let mut asked: Vec<PollFd> = each
         .filter_map(|(fd, events)| fd.map(|fd| PollFd::new(fd, events)))
         .collect();
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
     match poll(&mut asked, timeout) {
         Ok(_) | Err(Errno::EINTR) => {}
         Err(errno) => return Err(errno).context("poll"),
