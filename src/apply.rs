@@ -5,11 +5,12 @@ use std::fs;
 use anyhow::{Error, Result, anyhow};
 use log::{Level, info, log};
 
-use crate::command::{OnError, Output, Running, Tools};
+use crate::command::{OnError, Tools};
 use crate::ip;
 use crate::iptables;
 use crate::link::rp_filter_path;
 use crate::plan::{Change, Step};
+use crate::running::{Output, Running};
 
 /// What came of a plan.
 #[derive(Debug, Default)]

@@ -2,63 +2,69 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::io::{self, BufRead};
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 use std::rc::Rc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use ipnetwork::Ipv4Network;
 
 use crate::config::Protocol;
 use crate::plan::{Change, Edit, Step};
 use crate::state::{FwMark, Loose, PREFIX, Rulespec, Share, Table, UplinkName};
 
-/// The lines of what iptables-save prints. It leaves the line ends in somebody's comment as they are,
-/// so a line goes on until its quotes are closed.
-pub fn lines(save: &str) -> impl Iterator<Item = &str> {
-    let mut rest = save;
+/// The lines of what iptables-save prints.
+pub fn lines(save: &str) -> impl Iterator<Item = String> {
+    let mut save = save.as_bytes();
     std::iter::from_fn(move || {
-        if rest.is_empty() {
-            return None;
-        }
-        let end = rest.find('\n').unwrap_or(rest.len());
-        let end = if rest[..end].contains('"') {
-            end_of_quoted(rest)
-        } else {
-            end
-        };
-        let (line, left) = rest.split_at(end);
-        rest = left.strip_prefix('\n').unwrap_or(left);
-        Some(line)
+        let mut line = Vec::new();
+        let is_one = next_line(&mut save, &mut line).unwrap_or(false);
+        is_one.then(|| String::from_utf8_lossy(&line).into_owned())
     })
 }
 
-/// Where the first line ends.
-fn end_of_quoted(text: &str) -> usize {
+/// The next line without its end, if there is one. iptables-save leaves the line ends in somebody's comment as
+/// they are, so a line goes on until its quotes are closed.
+fn next_line(save: &mut dyn BufRead, line: &mut Vec<u8>) -> io::Result<bool> {
+    line.clear();
     let mut is_quoted = false;
     let mut is_escaped = false;
-    let end = text.bytes().position(|byte| {
-        match byte {
-            _ if is_escaped => is_escaped = false,
-            b'\\' if is_quoted => is_escaped = true,
-            b'"' => is_quoted = !is_quoted,
-            b'\n' => return !is_quoted,
-            _ => {}
+    loop {
+        let start = line.len();
+        if save.read_until(b'\n', line)? == 0 {
+            return Ok(start > 0);
         }
-        false
-    });
-    end.unwrap_or(text.len())
+        let added = &line[start..];
+        if is_quoted || added.contains(&b'"') {
+            for byte in added {
+                match byte {
+                    _ if is_escaped => is_escaped = false,
+                    b'\\' if is_quoted => is_escaped = true,
+                    b'"' => is_quoted = !is_quoted,
+                    _ => {}
+                }
+            }
+        }
+        if !is_quoted {
+            line.pop_if(|byte| *byte == b'\n');
+            return Ok(true);
+        }
+    }
 }
 
 /// Our shares of the tables in what iptables-save prints.
 ///
 /// # Errors
-/// It is not of the form that iptables-save prints, or is cut off.
-pub fn parse(save: &str) -> Result<BTreeMap<(Table, UplinkName), Share>> {
+/// It can't be read, or is not of the form that iptables-save prints, or is cut off.
+pub fn parse(save: &mut dyn BufRead) -> Result<BTreeMap<(Table, UplinkName), Share>> {
     let mut listing = Listing::default();
     let mut table = None;
     let mut committed = true;
-    for line in lines(save) {
+    let mut bytes = Vec::new();
+    while next_line(save, &mut bytes).context("read what iptables-save prints")? {
+        // Names of others' interfaces can hold any byte.
+        let line = &*String::from_utf8_lossy(&bytes);
         if let Some(name) = line.strip_prefix('*') {
             (table, committed) = (Table::parse(name), false);
         } else if line == "COMMIT" {
@@ -70,29 +76,28 @@ pub fn parse(save: &str) -> Result<BTreeMap<(Table, UplinkName), Share>> {
             let read = listing.line(line, table);
             read.with_context(|| format!("read what iptables-save prints: {line:?}"))?;
         } else {
-            anyhow::ensure!(
+            ensure!(
                 !committed || line.is_empty() || line.starts_with('#'),
                 "read what iptables-save prints: {:?}",
                 line.chars().take(80).collect::<String>()
             );
         }
     }
-    anyhow::ensure!(committed, "iptables-save ended in the middle of a table");
+    ensure!(committed, "iptables-save ended in the middle of a table");
     let mut shares = listing.shares;
     for chain in listing.chains {
         let share = shares.entry((chain.table, chain.uplink)).or_default();
-        let (name, rules) = (chain.name.to_owned(), Rc::new(chain.rules));
-        share.chains.insert(name, rules);
+        share.chains.insert(chain.name, Rc::new(chain.rules));
     }
     Ok(shares)
 }
 
 /// Ours of what has been read so far.
 #[derive(Default)]
-struct Listing<'a> {
-    chains: Vec<Chain<'a>>,
+struct Listing {
+    chains: Vec<Chain>,
     /// Where a chain stands among them.
-    places: BTreeMap<(Table, &'a str), usize>,
+    places: BTreeMap<(Table, String), usize>,
     /// That of the last rule: the next is mostly of the same chain.
     last: usize,
     /// The entries in other chains.
@@ -100,29 +105,30 @@ struct Listing<'a> {
 }
 
 /// A chain of ours.
-struct Chain<'a> {
+struct Chain {
     table: Table,
-    name: &'a str,
+    name: String,
     uplink: UplinkName,
     rules: Vec<Rulespec>,
 }
 
-impl<'a> Listing<'a> {
-    fn chain(&mut self, table: Table, name: &str) -> Option<&mut Chain<'a>> {
+impl Listing {
+    fn chain(&mut self, table: Table, name: &str) -> Option<&mut Chain> {
         let last = self.chains.get(self.last);
         if !last.is_some_and(|last| last.name == name && last.table == table) {
-            self.last = *self.places.get(&(table, name))?;
+            self.last = *self.places.get(&(table, name.to_owned()))?;
         }
         self.chains.get_mut(self.last)
     }
 
-    fn line(&mut self, line: &'a str, table: Table) -> Result<()> {
+    fn line(&mut self, line: &str, table: Table) -> Result<()> {
         if let Some(declared) = line.strip_prefix(':') {
             let name = declared.split(' ').next().unwrap_or_default();
             if let Some(uplink) = UplinkName::of_chain(name)
                 && self.chain(table, name).is_none()
             {
-                self.places.insert((table, name), self.chains.len());
+                let name = name.to_owned();
+                self.places.insert((table, name.clone()), self.chains.len());
                 self.chains.push(Chain {
                     table,
                     name,

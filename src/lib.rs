@@ -36,6 +36,7 @@ pub mod privilege;
 pub mod report;
 pub mod request;
 pub mod ruleset;
+pub mod running;
 pub mod socket;
 pub mod stale;
 pub mod state;

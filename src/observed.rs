@@ -24,9 +24,8 @@ pub fn ask(tools: &Tools) -> Result<Asked> {
 /// # Errors
 /// A tool fails, or says what can't be read.
 pub fn observe(asked: Asked) -> Result<State> {
-    let (listing, save) = asked.answers()?;
+    let (listing, tables) = asked.read(iptables::parse)?;
     let Listing { routes, rules } = ip::parse(&listing)?;
-    let tables = iptables::parse(&save)?;
     let mut loose = BTreeSet::new();
     for ((table, uplink), share) in &tables {
         let note = share.rules().find_map(iptables::parse_loose_note);
@@ -56,7 +55,9 @@ pub fn observe(asked: Asked) -> Result<State> {
 /// The tool fails, or says what can't be read.
 pub fn in_backend(tools: &Tools) -> Result<State> {
     Ok(State {
-        tables: iptables::parse(&tools.iptables_save(Counters::Hidden)?)?,
+        tables: tools
+            .iptables_save(Counters::Hidden)?
+            .read_by(iptables::parse)?,
         ..State::default()
     })
 }

@@ -60,7 +60,7 @@ impl Ruleset {
                 let policy = words.next().filter(|policy| *policy != "-");
                 let chains = ruleset.tables.entry(table.clone()).or_default();
                 chains.entry(name).or_default().policy = policy.map(str::to_owned);
-            } else if let Some((chain, rule)) = rule(line) {
+            } else if let Some((chain, rule)) = rule(&line) {
                 let chains = ruleset.tables.entry(table.clone()).or_default();
                 chains.entry(chain).or_default().rules.push(rule);
             }

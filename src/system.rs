@@ -62,7 +62,7 @@ impl System {
             .other()
             .filter(|other| observed::has_tables(other.backend))
         {
-            let ruleset = Ruleset::parse(&other.iptables_save(Counters::Shown)?);
+            let ruleset = Ruleset::parse(&other.iptables_save(Counters::Shown)?.answer()?);
             if !ruleset.is_empty() {
                 rulesets.push((other.backend, ruleset));
             }

@@ -215,7 +215,7 @@ fn a_comment_of_several_lines_is_one_rule() {
     let save = "*nat\n:PREROUTING ACCEPT [0:0]\n:mh-isp0 - [0:0]\n\
         -A PREROUTING -m comment --comment \"one\n-A mh-isp0 -j DROP\nCOMMIT\n\\\" three\" -j ACCEPT\n\
         -A mh-isp0 -j RETURN\nCOMMIT\n";
-    let shares = mh_hook::iptables::parse(save).expect("it is whole");
+    let shares = mh_hook::iptables::parse(&mut save.as_bytes()).expect("it is whole");
     let share = shares.values().next().expect("the chain of isp0");
     assert_eq!(share.rules().count(), 1, "{share:?}");
     assert_eq!(share.entries.len(), 0, "{share:?}");

@@ -112,7 +112,7 @@ fn observe(listing: &str, save: &str) -> State {
     let lo = "1: lo: <LOOPBACK,UP,LOWER_UP> mtu 65536 qdisc noqueue state UNKNOWN\n";
     let listing = ip::parse(&format!("{listing}{lo}"));
     let ip::Listing { routes, rules, .. } = listing.expect("the listing of ip");
-    let tables = iptables::parse(save).expect("what iptables-save prints");
+    let tables = iptables::parse(&mut save.as_bytes()).expect("what iptables-save prints");
     // In these cases what the note in a chain says of the interface is so.
     let note = |(key, share): (&(Table, UplinkName), &mh_hook::state::Share)| {
         let before = share.rules().find_map(iptables::parse_loose_note)?;

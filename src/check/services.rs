@@ -76,7 +76,7 @@ fn persistent() -> Option<Finding> {
     let file = "/etc/iptables/rules.v4";
     let text = fs::read_to_string(file).ok()?;
     let state = State {
-        tables: iptables::parse(&text).ok()?,
+        tables: iptables::parse(&mut text.as_bytes()).ok()?,
         ..State::default()
     };
     let steps = plan(&state, &State::default());

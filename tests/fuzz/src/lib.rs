@@ -68,7 +68,7 @@ pub fn config(data: &[u8]) {
     literal(&steps);
     assert_eq!(plan(&all, &all), []);
     assert_eq!(
-        tables::parse(&save(&all)).expect("our own rules"),
+        tables::parse(&mut save(&all).as_bytes()).expect("our own rules"),
         all.tables
     );
     let rules: String = all.rules.iter().map(listed).collect();
@@ -97,7 +97,7 @@ pub fn iptables(data: &[u8]) {
             assert_eq!(words, again);
         }
     }
-    if let Ok(tables) = tables::parse(&text) {
+    if let Ok(tables) = tables::parse(&mut text.as_bytes()) {
         let state = State {
             tables,
             ..State::default()
@@ -109,7 +109,7 @@ pub fn iptables(data: &[u8]) {
         let mut entries = state.tables.values().flat_map(|share| &share.entries);
         if entries.all(|(chain, _)| UplinkName::of_chain(chain).is_none()) {
             assert_eq!(
-                tables::parse(&save(&state)).expect("our own rules"),
+                tables::parse(&mut save(&state).as_bytes()).expect("our own rules"),
                 state.tables
             );
         }

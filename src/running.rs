@@ -1,0 +1,396 @@
+//! A tool that runs: its input, what it prints, its end, all within its time. Knows not which tool it is.
+
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::iter;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::panic::resume_unwind;
+use std::process::{Child, ChildStdin, ExitStatus};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+
+/// How long one tool may take.
+pub const LIMIT: Duration = Duration::from_secs(10);
+
+/// How much a tool prints ahead, and we write ahead, in bytes: as much as anybody may have
+/// (`/proc/sys/fs/pipe-max-size`, pipe(7)).
+const PIPE: i32 = 1 << 20;
+
+/// How long what a tool prints may stay in its pipe.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// How many bytes a pipe takes at once or not at all (pipe(7)).
+const PIPE_BUF: usize = 4096;
+
+/// How many bytes are read at once.
+const PIECE: usize = 1 << 16;
+
+/// The most that a tool may print, in bytes: 10,000 rules are 1 MiB.
+const MAX_OUTPUT: usize = 64 << 20;
+
+/// What a tool that ran to its end said.
+#[derive(Debug)]
+pub struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its answer.
+    pub stdout: String,
+    /// Its complaints.
+    pub stderr: String,
+}
+
+impl Output {
+    /// How it failed, and its own words on one line.
+    pub fn failure(&self) -> String {
+        let words: Vec<&str> = self
+            .stderr
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .collect();
+        format!(
+            "{}: {}",
+            self.ending(),
+            if words.is_empty() {
+                "it said nothing".into()
+            } else {
+                words.join("; ")
+            }
+        )
+    }
+
+    /// How it ended.
+    pub fn ending(&self) -> String {
+        match (self.status.code(), self.status.signal()) {
+            (Some(code), _) => format!("exit status {code}"),
+            (None, Some(signal)) => format!("killed by signal {signal}"),
+            (None, None) => "ended".into(),
+        }
+    }
+}
+
+/// A tool that is being started. Whoever starts a process waits until it runs (`CLONE_VFORK`, clone(2)), and that
+/// for a millisecond where it has to wait for a processor: a thread does so in our place.
+#[derive(Debug)]
+pub struct Starting(Option<JoinHandle<Result<Running>>>);
+
+impl Starting {
+    /// Starts it in this way.
+    ///
+    /// # Errors
+    /// There can be no thread.
+    pub fn by(start: impl FnOnce() -> Result<Running> + Send + 'static) -> Result<Self> {
+        let thread = thread::Builder::new().spawn(start);
+        Ok(Self(Some(thread.context("start a thread")?)))
+    }
+
+    /// The tool, once it runs.
+    ///
+    /// # Errors
+    /// It can't be run.
+    pub fn running(&mut self) -> Result<Running> {
+        let thread = self.0.take().context("it runs already")?;
+        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        // Nobody has waited for it, so it is stopped.
+        drop(self.running());
+    }
+}
+
+/// A tool that runs. Where nobody has waited for its end, or in vain, it is stopped with all that it started.
+#[derive(Debug)]
+pub struct Running {
+    name: String,
+    child: Child,
+    deadline: Instant,
+    until: Instant,
+    /// Its complaints so far.
+    stderr: Vec<u8>,
+    /// How much it has printed and complained, in bytes.
+    length: usize,
+    /// Whether there may be more to read already.
+    has_more: bool,
+    has_ended: bool,
+}
+
+impl Running {
+    /// A process with pipes, which must end by the deadline.
+    ///
+    /// # Errors
+    /// Its stdin is no pipe of ours.
+    pub fn of(name: String, child: Child, deadline: Instant) -> Result<Self> {
+        // Nobody need wait for the other to read; a smaller pipe does as well, but takes longer.
+        for pipe in [fd(&child.stdin), fd(&child.stdout)].into_iter().flatten() {
+            let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE));
+        }
+        let running = Self {
+            name,
+            child,
+            deadline,
+            until: deadline.min(Instant::now() + LIMIT),
+            stderr: Vec::new(),
+            length: 0,
+            has_more: false,
+            has_ended: false,
+        };
+        if let Some(stdin) = &running.child.stdin {
+            let set = fcntl(stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK));
+            set.with_context(|| running.name.clone())?;
+        }
+        Ok(running)
+    }
+
+    /// Hands over all its input, which is no more than a pipe takes at once.
+    ///
+    /// # Errors
+    /// It does not take it.
+    pub fn with(mut self, input: &str) -> Result<Self> {
+        let written = Input::of(&mut iter::once(input.to_owned())).write_to(&mut self.child.stdin);
+        written.with_context(|| self.name.clone())?;
+        Ok(self)
+    }
+
+    /// Hands over its input, piece by piece as it reads, and waits for its end.
+    ///
+    /// # Errors
+    /// It does not end within its time.
+    pub fn run(mut self, input: &mut dyn Iterator<Item = String>) -> Result<Output> {
+        // It may have waited for its turn.
+        self.until = self.deadline.min(Instant::now() + LIMIT);
+        self.end(input)
+    }
+
+    fn end(mut self, input: &mut dyn Iterator<Item = String>) -> Result<Output> {
+        let output = self.talk(Input::of(input));
+        output.with_context(|| self.name.clone())
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It does not end within its time.
+    pub fn finish(self) -> Result<Output> {
+        self.end(&mut iter::empty())
+    }
+
+    /// What it prints; a failure is an error.
+    ///
+    /// # Errors
+    /// It fails, or does not end within its time.
+    pub fn answer(self) -> Result<String> {
+        let name = self.name.clone();
+        let output = self.finish()?;
+        ensure!(output.status.success(), "{name}: {}", output.failure());
+        Ok(output.stdout)
+    }
+
+    /// What is read in what it prints, while it prints it; a failure is an error.
+    ///
+    /// # Errors
+    /// It fails, or does not end within its time, or what it prints can't be read.
+    pub fn read_by<T>(mut self, read: impl FnOnce(&mut dyn BufRead) -> Result<T>) -> Result<T> {
+        let found = read(&mut BufReader::with_capacity(PIECE, &mut self));
+        // That it has failed says more than that its print can't be read.
+        self.answer()?;
+        found
+    }
+
+    fn talk(&mut self, mut input: Input) -> Result<Output> {
+        let mut stdout = Vec::new();
+        let mut piece = vec![0; PIECE];
+        loop {
+            match self.go_on(&mut input, &mut piece)? {
+                0 => break,
+                length => stdout.extend_from_slice(&piece[..length]),
+            }
+        }
+        Ok(Output {
+            status: self.wait()?,
+            stdout: text(stdout),
+            stderr: text(std::mem::take(&mut self.stderr)),
+        })
+    }
+
+    /// Goes on until it has printed something, and says how many bytes; none once it has closed both outputs.
+    fn go_on(&mut self, input: &mut Input, buffer: &mut [u8]) -> Result<usize> {
+        while self.child.stdout.is_some() || self.child.stderr.is_some() {
+            let [in_ready, out_ready, err_ready] = self.ready()?;
+            if in_ready {
+                input.write_to(&mut self.child.stdin)?;
+            }
+            if err_ready {
+                let mut piece = [0; PIPE_BUF];
+                let length = read_some(&mut self.child.stderr, &mut piece, &mut self.length)?;
+                self.stderr.extend_from_slice(&piece[..length]);
+            }
+            if out_ready {
+                let length = read_some(&mut self.child.stdout, buffer, &mut self.length)?;
+                self.has_more = length == buffer.len();
+                if length > 0 {
+                    return Ok(length);
+                }
+            }
+        }
+        Ok(0)
+    }
+
+    /// Which of stdin, stdout and stderr can go on. What a tool prints stays in the pipe until the tool has ended or
+    /// a while has gone by: woken at each of its writes, we would take its processor from it.
+    fn ready(&mut self) -> Result<[bool; 3]> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        ensure!(!left.is_zero(), TOO_LATE);
+        let Child {
+            stdin,
+            stdout,
+            stderr,
+            ..
+        } = &self.child;
+        let fds = [fd(stdin), fd(stdout), fd(stderr)];
+        if !std::mem::take(&mut self.has_more) {
+            // The end of a pipe is told whether it is asked for or not (poll(2)).
+            let ready = poll_each(fds, PollFlags::empty(), left.min(PAUSE))?;
+            if ready.contains(&true) {
+                return Ok(ready);
+            }
+        }
+        poll_each(fds, PollFlags::POLLIN, Duration::ZERO)
+    }
+
+    /// Waits for its end, which is near: its outputs are closed.
+    fn wait(&mut self) -> Result<ExitStatus> {
+        let mut pause = Duration::from_micros(10);
+        loop {
+            if let Some(status) = self.child.try_wait().context("wait")? {
+                self.has_ended = true;
+                return Ok(status);
+            }
+            ensure!(Instant::now() < self.until, TOO_LATE);
+            thread::sleep(pause);
+            pause = (2 * pause).min(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Read for Running {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.go_on(&mut Input::of(&mut iter::empty()), buffer);
+        read.map_err(io::Error::other)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.has_ended {
+            return;
+        }
+        let group = Pid::from_raw(i32::try_from(self.child.id()).expect("a process id fits pid_t"));
+        // It may have ended in between, which is as well.
+        let _ = killpg(group, Signal::SIGKILL);
+        let _ = self.child.wait();
+    }
+}
+
+/// What a tool is still to read.
+struct Input<'a> {
+    left: String,
+    pieces: &'a mut dyn Iterator<Item = String>,
+}
+
+impl<'a> Input<'a> {
+    fn of(pieces: &'a mut dyn Iterator<Item = String>) -> Self {
+        let left = String::new();
+        Self { left, pieces }
+    }
+
+    /// Writes as much as the pipe takes; behind the end of the input the pipe goes. So it does where nobody
+    /// reads any more, and how the tool ends tells why.
+    fn write_to(&mut self, pipe: &mut Option<ChildStdin>) -> Result<()> {
+        let Some(stdin) = pipe else {
+            return Ok(());
+        };
+        loop {
+            while self.left.len() < PIPE_BUF
+                && let Some(piece) = self.pieces.next()
+            {
+                self.left.push_str(&piece);
+            }
+            if self.left.is_empty() {
+                break;
+            }
+            match stdin.write(whole_lines(self.left.as_bytes())) {
+                Ok(length) => drop(self.left.drain(..length)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
+                Err(error) => return Err(error).context("hand over its input"),
+            }
+        }
+        *pipe = None;
+        Ok(())
+    }
+}
+
+/// As many lines as are written at once or not at all: when we are killed, no tool reads half a line.
+fn whole_lines(input: &[u8]) -> &[u8] {
+    let most = &input[..input.len().min(PIPE_BUF)];
+    let end = most.iter().rposition(|byte| *byte == b'\n');
+    end.map_or(most, |end| &most[..=end])
+}
+
+const TOO_LATE: &str = "did not end in its time and was stopped";
+
+type Fd<'a> = Option<BorrowedFd<'a>>;
+
+fn fd(pipe: &Option<impl AsFd>) -> Fd<'_> {
+    pipe.as_ref().map(AsFd::as_fd)
+}
+
+fn poll_each(fds: [Fd; 3], of_outputs: PollFlags, timeout: Duration) -> Result<[bool; 3]> {
+    let events = [PollFlags::POLLOUT, of_outputs, of_outputs];
+    let each = fds.into_iter().zip(events);
+    let mut asked: Vec<PollFd> = each
+        .filter_map(|(fd, events)| fd.map(|fd| PollFd::new(fd, events)))
+        .collect();
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+    match poll(&mut asked, timeout) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(errno) => return Err(errno).context("poll"),
+    }
+    let mut any = asked.iter().map(|fd| fd.any().unwrap_or(false));
+    Ok(fds.map(|fd| fd.is_some() && any.next().unwrap_or(false)))
+}
+
+/// Reads what is there, and says how much; at its end the pipe goes.
+fn read_some(pipe: &mut Option<impl Read>, buffer: &mut [u8], total: &mut usize) -> Result<usize> {
+    let length = match pipe {
+        Some(pipe) => pipe.read(buffer).context("read its output")?,
+        None => 0,
+    };
+    if length == 0 {
+        *pipe = None;
+    }
+    *total += length;
+    ensure!(
+        *total <= MAX_OUTPUT,
+        "printed more than {MAX_OUTPUT} bytes and was stopped"
+    );
+    Ok(length)
+}
+
+fn text(bytes: Vec<u8>) -> String {
+    String::from_utf8(bytes).unwrap_or_else(|error| {
+        // Names of others' interfaces can hold any byte.
+        String::from_utf8_lossy(error.as_bytes()).into_owned()
+    })
+}
