@@ -24,7 +24,7 @@ pub const LIMIT: Duration = Duration::from_secs(10);
 const PIPE: i32 = 1 << 20;
 
 /// How long what a tool prints may stay in its pipe.
-const PAUSE: Duration = Duration::from_millis(2);
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// How many bytes a pipe takes at once or not at all (pipe(7)).
 const PIPE_BUF: usize = 4096;
