@@ -278,19 +278,10 @@ impl Tools {
             !self.limit().is_zero(),
             "{name}: not run: the time for this call is over"
         );
-        let child = Command::new(path)
-            .args(args)
-            .env_clear()
-            .env("LC_ALL", "C")
-            .current_dir("/")
-            // Its own group, so that a late one is stopped with all that it started.
-            .process_group(0)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("run {}", path.display()))?;
-        Running::of(name, child, self.deadline)
+        let mut command = Command::new(path);
+        command.args(args).env_clear().env("LC_ALL", "C");
+        Running::start(name, command.current_dir("/"), self.deadline)
+            .with_context(|| format!("run {}", path.display()))
     }
 }
 

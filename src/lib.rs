@@ -9,7 +9,8 @@
 //! ```
 //!
 //! `converge` turns that wheel under the `lock` until the kernel holds what it should. `ip` and
-//! `iptables` are the languages of the tools, `command` spawns them, `state` has the nouns.
+//! `iptables` are the languages of the tools, `command` starts them, `running` is one of them until its
+//! end, `state` has the nouns.
 
 pub mod apply;
 pub mod chains;

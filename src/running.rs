@@ -3,9 +3,9 @@
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::iter;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::panic::resume_unwind;
-use std::process::{Child, ChildStdin, ExitStatus};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -103,8 +103,8 @@ impl Starting {
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        // Nobody has waited for it, so it is stopped.
-        drop(self.running());
+        // Nobody has waited for it: it is stopped as soon as it runs.
+        drop(self.0.take().map(JoinHandle::join));
     }
 }
 
@@ -125,11 +125,18 @@ pub struct Running {
 }
 
 impl Running {
-    /// A process with pipes, which must end by the deadline.
+    /// Starts this command, which must end by the deadline.
     ///
     /// # Errors
-    /// Its stdin is no pipe of ours.
-    pub fn of(name: String, child: Child, deadline: Instant) -> Result<Self> {
+    /// It can't be run.
+    pub fn start(name: String, command: &mut Command, deadline: Instant) -> Result<Self> {
+        let child = command
+            // Its own group, so that a late one is stopped with all that it started.
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
         // Nobody need wait for the other to read; a smaller pipe does as well, but takes longer.
         for pipe in [fd(&child.stdin), fd(&child.stdout)].into_iter().flatten() {
             let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(PIPE));
@@ -145,8 +152,7 @@ impl Running {
             has_ended: false,
         };
         if let Some(stdin) = &running.child.stdin {
-            let set = fcntl(stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK));
-            set.with_context(|| running.name.clone())?;
+            fcntl(stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         }
         Ok(running)
     }
@@ -393,4 +399,59 @@ fn text(bytes: Vec<u8>) -> String {
         // Names of others' interfaces can hold any byte.
         String::from_utf8_lossy(error.as_bytes()).into_owned()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start(command: &str, limit: Duration) -> Running {
+        let mut shell = Command::new("/bin/sh");
+        let shell = shell.args(["-c", command]);
+        Running::start(command.to_owned(), shell, Instant::now() + limit).expect("a shell")
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn more_than_the_pipes_take_goes_in_and_out_at_the_same_time() {
+        let pieces = (0..100_000).map(|number| format!("line {number:040}\n"));
+        let all: String = pieces.clone().collect();
+        assert!(all.len() > 2 * (1 << 20), "no more than two pipes take");
+        let output = start("tee /dev/stderr", LONG).run(&mut pieces.clone());
+        let output = output.expect("it ends");
+        assert!(output.status.success() && output.stdout == all && output.stderr == all);
+    }
+
+    #[test]
+    fn what_is_printed_is_read_while_it_is_printed() {
+        let tool = start("seq 1 200000; echo no more >&2; exit 3", LONG);
+        let mut last = String::new();
+        let read = tool.read_by(|lines| {
+            last = lines.lines().last().context("a line")??;
+            Ok(())
+        });
+        assert_eq!(last, "200000");
+        let error = format!("{:#}", read.expect_err("it fails"));
+        assert!(error.ends_with("exit status 3: no more"), "{error}");
+    }
+
+    #[test]
+    fn who_reads_nothing_is_no_failure_and_who_does_not_end_is_stopped() {
+        let endless = || iter::repeat_with(|| "a line\n".repeat(1000));
+        let output = start("exec <&-", LONG).run(&mut endless());
+        assert!(output.expect("it ends").status.success());
+        let late = start("sleep 100", Duration::from_millis(100)).run(&mut endless());
+        let error = format!("{:#}", late.expect_err("it is late"));
+        assert_eq!(error, format!("sleep 100: {TOO_LATE}"));
+    }
+
+    #[test]
+    fn only_whole_lines_are_written_at_once() {
+        let lines = "seven…\n".repeat(1000);
+        let written = whole_lines(lines.as_bytes());
+        assert!(written.len() > PIPE_BUF - 10 && written.len() <= PIPE_BUF);
+        assert!(written.ends_with(b"\n"));
+        assert_eq!(whole_lines(b"no end"), b"no end");
+    }
 }
