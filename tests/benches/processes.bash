@@ -43,7 +43,7 @@ bench_processes() {
 # bench_forwards: all calls with FORWARDS forwards and FOREIGN rules of others.
 bench_forwards() {
     # shellcheck disable=SC2034 # for lab_config and mh_hook; packets.bash has its own
-    local LAB_CONFIG RUNS=2 round name
+    local LAB_CONFIG RUNS=4 round name
     local -a NAMES=() OF=() limit
     local -A BEFORE=() OURS=() LIMIT=()
     local address="ip address flush dev ppp0; ip address add peer 203.0.113.1/32 dev ppp0"
@@ -60,8 +60,8 @@ bench_forwards() {
     call "down" "$up" one plan down ppp0
     call "sync, nothing to do" "$up" one look sync
 
-    ((FORWARDS > 1000)) || RUNS=5
-    ((FORWARDS > 100 || FOREIGN)) || RUNS=12
+    ((FORWARDS > 1000)) || RUNS=10
+    ((FORWARDS > 100 || FOREIGN)) || RUNS=20
     for ((round = 0; round < PROCESSES_ROUNDS; round++)); do
         for name in "${NAMES[@]}"; do
             OF=(calls "$BACKEND" "$FOREIGN" "$FORWARDS" "$name")
