@@ -29,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// How many bytes a pipe takes at once or not at all (pipe(7)).
 const PIPE_BUF: usize = 4096;
 
-/// How many bytes are read at once.
+/// How many bytes of a listing are read at once.
 const PIECE: usize = 1 << 16;
 
 /// The most that a tool may print, in bytes: 10,000 rules are 1 MiB.
@@ -214,7 +214,7 @@ impl Running {
 
     fn talk(&mut self, mut input: Input) -> Result<Output> {
         let mut stdout = Vec::new();
-        let mut piece = vec![0; PIECE];
+        let mut piece = [0; PIPE_BUF];
         loop {
             match self.go_on(&mut input, &mut piece)? {
                 0 => break,

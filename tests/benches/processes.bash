@@ -259,7 +259,7 @@ shorewall_file() { printf '%s\n' "${@:2}" >"/etc/shorewall/$1"; }
 timed() {
     local line
     before "$2"
-    in_ns router hyperfine --shell=none --style=none --runs "$RUNS" --prepare "$DIR/before" \
+    in_ns router hyperfine --shell=none --style=none --warmup 3 --runs "$RUNS" --prepare "$DIR/before" \
         --export-json "$DIR/times" "${@:3}" >/dev/null 2>"$DIR/hyperfine.log" ||
         lab_die "${OF[*]}, $1: $(cat "$DIR/hyperfine.log")"
     while read -r line; do
