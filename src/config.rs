@@ -1096,47 +1096,42 @@ pub fn describe(forward: &Forward) -> String {
     }
 }
 
-/// The forwards that overlap one above them, by index, each with the first such. Thousands with one port
-/// each are not all compared with each other.
+/// The forwards that overlap one above them, by index, each with the first such. Of thousands only those are
+/// compared that have a port in common.
 fn overlapping(forwards: &[Forward]) -> BTreeMap<usize, usize> {
-    let mut single = Vec::with_capacity(forwards.len());
-    let mut other = Vec::new();
+    let mut ported = Vec::with_capacity(forwards.len());
+    let mut open = Vec::new();
     for (index, forward) in forwards.iter().enumerate() {
-        match keys(forward) {
-            Some(keys) => single.extend(keys.map(|key| (key, index))),
-            None => other.push(index),
+        match &forward.ports {
+            Some(ports) => ported.push((*ports.start(), *ports.end(), index)),
+            None => open.push(index),
         }
     }
-    single.sort_unstable();
-    let same = single.chunk_by(|(one, _), (two, _)| one == two);
-    let same = same.flat_map(|group| {
-        let each = group.iter().enumerate();
-        each.flat_map(|(place, (_, later))| group[..place].iter().map(|(_, it)| (*it, *later)))
-    });
-    let all = other
+    ported.sort_unstable();
+    let common = ported
         .iter()
-        .flat_map(|index| (0..forwards.len()).map(|it| (it.min(*index), it.max(*index))));
+        .enumerate()
+        .flat_map(|(place, (_, last, one))| {
+            let behind = ported[place + 1..].iter();
+            let common = behind.take_while(move |(first, ..)| first <= last);
+            common.map(move |(_, _, other)| (*one, *other))
+        });
+    let with_ported = open
+        .iter()
+        .flat_map(|one| ported.iter().map(move |(_, _, other)| (*one, *other)));
+    let with_open = open
+        .iter()
+        .enumerate()
+        .flat_map(|(place, one)| open[..place].iter().map(move |other| (*one, *other)));
     let mut first = BTreeMap::new();
-    for (earlier, later) in same.chain(all) {
-        if earlier < later && overlap(&forwards[earlier], &forwards[later]) {
+    for (one, other) in common.chain(with_ported).chain(with_open) {
+        let (earlier, later) = (one.min(other), one.max(other));
+        if overlap(&forwards[earlier], &forwards[later]) {
             let known = first.entry(later).or_insert(earlier);
             *known = earlier.min(*known);
         }
     }
     first
-}
-
-/// Its protocols, each with its port, where it has one.
-fn keys(forward: &Forward) -> Option<impl Iterator<Item = (Protocol, u16)>> {
-    let ports = forward.ports.as_ref()?;
-    let is_single = ports.start() == ports.end() && !forward.protocols.is_empty();
-    let port = *ports.start();
-    is_single.then(|| {
-        forward
-            .protocols
-            .iter()
-            .map(move |protocol| (*protocol, port))
-    })
 }
 
 /// Whether some packet fits both and the order has not been said: what leaves `from`, `port` or the
@@ -1176,4 +1171,47 @@ fn overlap(earlier: &Forward, later: &Forward) -> bool {
             .any(|one| later.from.iter().any(|two| one.overlaps(*two)));
     let ordered = narrows && !widens;
     protocols && ports && sources && !ordered
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn forward() -> impl Strategy<Value = Forward> {
+        let ports = (1..30u16, 0..6u16).prop_map(|(first, more)| first..=first + more);
+        let protocols = prop_oneof![
+            Just(vec![Protocol::Tcp]),
+            Just(vec![Protocol::Udp, Protocol::Tcp]),
+            Just(vec![Protocol::Udp]),
+            Just(vec![]),
+        ];
+        let from = vec(
+            (1..4u8).prop_map(|host| Ipv4Addr::new(192, 0, 2, host).into()),
+            0..2,
+        );
+        let parts = (protocols, proptest::option::weighted(0.8, ports), from);
+        parts.prop_map(|(protocols, ports, from)| Forward {
+            protocols: protocols.into(),
+            ports,
+            to: Ipv4Addr::new(192, 168, 0, 2),
+            to_port: None,
+            from,
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn each_overlap_is_found_with_the_first_above_it(forwards in vec(forward(), 0..30)) {
+            let first = |later: usize| {
+                (0..later).find(|earlier| overlap(&forwards[*earlier], &forwards[later]))
+            };
+            let pairs = (0..forwards.len()).filter_map(|later| first(later).map(|it| (later, it)));
+            prop_assert_eq!(overlapping(&forwards), pairs.collect());
+        }
+    }
 }
