@@ -36,6 +36,7 @@ pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> BTreeMap<String, Rul
     for forward in forwards {
         for (protocol, rule) in dnat(forward) {
             let block = block(protocol, forward).filter(|_| !are_few);
+            // Mostly the last one's, and nothing has come between: not looked up 10,000 times.
             if let Some((of, rules)) = lines.last_mut()
                 && block.is_some()
                 && *of == block
@@ -128,7 +129,9 @@ fn rule(source: Option<&Ipv4Network>, protocol: Option<&Protocol>, forward: &For
     match (protocol, &forward.ports) {
         (None, _) => {}
         // Its name is known to iptables from /etc/protocols only, which need not be there.
-        (Some(Protocol::Gre), _) => spec.extend_from_slice(b"-p 47 "),
+        (Some(Protocol::Gre), _) => {
+            spec.extend_from_slice(format!("-p {} ", Protocol::Gre.number()).as_bytes());
+        }
         (Some(protocol), None) => spec.extend_from_slice(format!("-p {protocol} ").as_bytes()),
         (Some(protocol), Some(ports)) => {
             match protocol {

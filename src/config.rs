@@ -271,6 +271,7 @@ impl Config {
     /// # Errors
     /// All that is wrong, in the order of the text.
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
+        // Behind the end of the parsed document, whose memory is there for the rules then.
         let mut config = Self::without_chains(text)?;
         for (name, uplink) in &mut config.uplinks {
             uplink.chains = chains(name, &uplink.forwards);
