@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::io::BufRead;
+use std::iter;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::running::{self, Output, Running, Starting};
+use crate::running::{self, Output, Running};
 
 /// Where tools are looked for, and nowhere else: PATH is the caller's.
 const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
@@ -129,20 +129,15 @@ impl Tools {
         })
     }
 
-    /// Asks for the answers to a batch of `ip` questions, and for all rules of all tables, at the same time.
-    /// Of `ip` for numbers, since names of tables and protocols are this machine's own (/etc/iproute2).
+    /// The answers to a batch of `ip` questions: in numbers, since names of tables and protocols are this
+    /// machine's own (/etc/iproute2).
     ///
     /// # Errors
-    /// One can't be run.
-    pub fn ask(&self, questions: &str, counters: Counters) -> Result<Asked> {
-        // The one that takes longer first: the other may have to wait for its processor.
-        let save = self.iptables_save(counters)?;
-        let (tools, questions) = (self.clone(), questions.to_owned());
-        let ip = Starting::by(move || {
-            let ip = tools.start(&tools.ip, &["-4", "-N", "-batch", "-"])?;
-            ip.with(&questions)
-        })?;
-        Ok(Asked { ip, save })
+    /// It can't be run or fails.
+    pub fn ip_list(&self, questions: &str) -> Result<String> {
+        let ip = self.start(&self.ip, &["-4", "-N", "-batch", "-"])?;
+        let output = ip.run(&mut iter::once(questions.to_owned()))?;
+        Ok(output.success()?.stdout)
     }
 
     /// Starts what carries out a batch of `ip` lines, once it has them.
@@ -228,9 +223,8 @@ impl Tools {
         let Some(path) = &self.conntrack else {
             return Ok(None);
         };
-        let output = self.start(path, &["-L", "-f", "ipv4"])?.finish()?;
-        let name = "conntrack -L -f ipv4";
-        ensure!(output.status.success(), "{name}: {}", output.failure());
+        let list = self.start(path, &["-L", "-f", "ipv4"])?;
+        let output = list.finish()?.success()?;
         // `conntrack v1.4.7 (conntrack-tools): 3 flow entries have been shown.`
         let mut words = output
             .stderr
@@ -240,7 +234,8 @@ impl Tools {
         let shown = output.stdout.lines().count();
         ensure!(
             said == Some(shown),
-            "{name}: cut short: {shown} connections, and it says: {}",
+            "{}: cut short: {shown} connections, and it says: {}",
+            output.name,
             output.stderr.trim()
         );
         Ok(Some(output.stdout))
@@ -256,13 +251,8 @@ impl Tools {
         };
         // By `-` it would open /dev/stdin, which a small system need not have.
         let delete = self.start(path, &["--load-file", "/proc/self/fd/0"])?;
-        let output = delete.run(&mut [lines.to_owned()].into_iter())?;
-        ensure!(
-            output.status.success(),
-            "conntrack --load-file: {}",
-            output.failure()
-        );
-        Ok(())
+        let output = delete.run(&mut iter::once(lines.to_owned()))?;
+        output.success().map(drop)
     }
 
     fn limit(&self) -> Duration {
@@ -282,34 +272,6 @@ impl Tools {
         command.args(args).env_clear().env("LC_ALL", "C");
         Running::start(name, command.current_dir("/"), self.deadline)
             .with_context(|| format!("run {}", path.display()))
-    }
-}
-
-/// Both listings, on their way.
-#[derive(Debug)]
-pub struct Asked {
-    ip: Starting,
-    save: Running,
-}
-
-impl Asked {
-    /// What `ip` and iptables-save print.
-    ///
-    /// # Errors
-    /// One fails, or not within its time.
-    pub fn answers(mut self) -> Result<(String, String)> {
-        Ok((self.ip.running()?.answer()?, self.save.answer()?))
-    }
-
-    /// What `ip` prints, and what is read in iptables-save's print while it is printed.
-    ///
-    /// # Errors
-    /// One fails, or not within its time, or what it prints can't be read.
-    pub fn read<T>(
-        mut self,
-        read: impl FnOnce(&mut dyn BufRead) -> Result<T>,
-    ) -> Result<(String, T)> {
-        Ok((self.ip.running()?.answer()?, self.save.read_by(read)?))
     }
 }
 

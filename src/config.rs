@@ -85,7 +85,7 @@ pub struct Uplink {
     pub pin: Vec<Ipv4Network>,
     /// Its port forwards, in the order of the file.
     pub forwards: Vec<Forward>,
-    /// The same as chains of the nat table: written here since this is done while the tools list.
+    /// The same as chains of the nat table: written here since this is done while iptables-save lists.
     pub chains: BTreeMap<String, Rules>,
 }
 

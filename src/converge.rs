@@ -12,8 +12,8 @@ use log::{Level, debug, info, log_enabled, warn};
 use nix::unistd::geteuid;
 
 use crate::apply::{Outcome, apply};
-use crate::claim::{self, Addressed, Looks, Running};
-use crate::command::{Asked, OnError, Tools};
+use crate::claim::{self, Addressed, Looks};
+use crate::command::{Counters, OnError, Tools};
 use crate::config::Config;
 use crate::conntrack::{self, Flow};
 use crate::link::Link;
@@ -22,6 +22,7 @@ use crate::observed::{self, observe};
 use crate::plan::{Step, plan};
 use crate::privilege::drop_all_but_needed;
 use crate::request::Request;
+use crate::running::Running;
 use crate::stale;
 use crate::state::{IfName, State, UplinkName};
 
@@ -43,13 +44,14 @@ pub enum Mode {
     DryRun,
 }
 
-/// A call that has its turn: it holds the lock, and the tools list what stands.
+/// A call that has its turn: it holds the lock, and iptables-save lists what stands.
 #[derive(Debug)]
 pub struct Turn {
     started: Instant,
     tools: Tools,
     _lock: Option<Lock>,
-    asked: Asked,
+    /// What prints the tables.
+    save: Running,
 }
 
 impl Turn {
@@ -67,7 +69,7 @@ impl Turn {
         };
         Ok(Self {
             started,
-            asked: observed::ask(&tools)?,
+            save: tools.iptables_save(Counters::Hidden)?,
             tools,
             _lock: lock,
         })
@@ -103,17 +105,19 @@ pub fn converge(
         started,
         tools,
         _lock,
-        asked,
+        save,
     } = turn.with_context(named)?;
-    let mut asked = Some(asked);
+    let mut save = Some(save);
     let elsewhere = elsewhere(&tools);
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
     // What stood before the first change of which connections may be left behind.
     let mut before: Option<State> = None;
     for round in 0..ROUNDS {
-        let asked = asked.take().map_or_else(|| observed::ask(&tools), Ok);
-        let observed = asked
+        let again = || tools.iptables_save(Counters::Hidden);
+        let observed = save
+            .take()
+            .map_or_else(again, Ok)
             .and_then(observe)
             .map_err(|error| all(&total.errors, Some(error)))
             .with_context(named)?;
@@ -388,7 +392,7 @@ fn describe(request: &Request, looks: &Looks) -> String {
                 }),
                 _,
             ) => {
-                let way = if *running == Running::Yes {
+                let way = if *running == claim::Running::Yes {
                     "up"
                 } else {
                     "about to be up"

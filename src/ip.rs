@@ -1,26 +1,11 @@
 //! The language of `ip`, both directions: listing to state, state to `ip -batch` lines.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result};
 
 use crate::state::{FwMark, PROTOCOL, Route, RouteRule, TableId};
-
-/// What asks for all of ours at once, for `ip -4 -N -batch -`. In a batch a table that does not exist
-/// is an empty answer; alone it would be an error. The last answer tells that the others have come
-/// whole: every network namespace has lo, and it is its first link.
-pub const QUESTIONS: &str = "rule show\nroute show table all protocol 109\nlink show dev lo\n";
-
-/// The answers to [`QUESTIONS`].
-#[derive(Debug, Default)]
-pub struct Listing {
-    /// Our routes.
-    pub routes: BTreeSet<Route>,
-    /// Our rules.
-    pub rules: BTreeSet<RouteRule>,
-}
 
 /// What asks for everybody's rules and routes, for [`survey`].
 pub const SURVEY: &str = "rule show\nroute show table all\n";
@@ -141,39 +126,6 @@ pub fn way(text: &str) -> Result<Way> {
     Ok(way)
 }
 
-/// What `ip` lists. `ip rule` has no filter by protocol that works in every iproute2, so the rules of
-/// others come along and are passed over.
-///
-/// # Errors
-/// An answer that is not of the form that iproute2 prints.
-pub fn parse(text: &str) -> Result<Listing> {
-    let mut listing = Listing::default();
-    let mut is_whole = false;
-    // An indented line goes on about what the line above it names.
-    for line in text
-        .lines()
-        .filter(|line| !line.is_empty() && !line.starts_with([' ', '\t']))
-    {
-        let context = || format!("read what ip lists: {line:?}");
-        // `98:<tab>from …` is a rule, `1: lo: <…> …` the last link; a route starts with its
-        // destination or kind.
-        if let Some((priority, rest)) = line.split_once(":\t") {
-            // Others' rules may be of a form that we never write.
-            if has_our_protocol(rest) {
-                listing
-                    .rules
-                    .insert(route_rule(priority, rest).with_context(context)?);
-            }
-        } else if line.starts_with("1: lo: ") {
-            is_whole = true;
-        } else {
-            listing.routes.insert(route(line).with_context(context)?);
-        }
-    }
-    anyhow::ensure!(is_whole, "ip's listing is cut short");
-    Ok(listing)
-}
-
 /// `from 203.0.113.10 lookup 254 suppress_prefixlength 0 proto 109`
 fn route_rule(priority: &str, text: &str) -> Result<RouteRule> {
     let mut rule = RouteRule::new(priority.parse()?, TableId(0));
@@ -199,21 +151,34 @@ fn route_rule(priority: &str, text: &str) -> Result<RouteRule> {
     Ok(rule)
 }
 
+/// The kinds of routes from 1 on (`RTN_UNICAST`, linux/rtnetlink.h), by the words of `ip`.
+const KINDS: [&str; 9] = [
+    UNICAST,
+    "local",
+    "broadcast",
+    "anycast",
+    "multicast",
+    "blackhole",
+    "unreachable",
+    "prohibit",
+    "throw",
+];
+
+/// The kind that is not said.
+pub const UNICAST: &str = "unicast";
+
+/// A kind of route by its number.
+pub fn route_kind(number: u8) -> Option<&'static str> {
+    KINDS.get(usize::from(number).checked_sub(1)?).copied()
+}
+
 /// `default dev ppp0 table 10 scope 253` or, its kind as a number, `7 default table 10 metric 4278198272`
 fn route(text: &str) -> Result<Route> {
     let mut words = text.split_ascii_whitespace();
     let first = words.next().unwrap_or_default();
-    // RTN_* of linux/rtnetlink.h; `ip -N` prints the number.
-    let kind = match first {
-        "1" | "unicast" => Some(None),
-        "2" | "local" => Some(Some("local")),
-        "3" | "broadcast" => Some(Some("broadcast")),
-        "6" | "blackhole" => Some(Some("blackhole")),
-        "7" | "unreachable" => Some(Some("unreachable")),
-        "8" | "prohibit" => Some(Some("prohibit")),
-        "9" | "throw" => Some(Some("throw")),
-        _ => None,
-    };
+    // `ip -N` prints the number.
+    let number = first.parse().ok().and_then(route_kind);
+    let kind = number.or_else(|| KINDS.into_iter().find(|kind| *kind == first));
     let destination = if kind.is_some() {
         words.next().context("no destination")?
     } else {
@@ -222,7 +187,7 @@ fn route(text: &str) -> Result<Route> {
     let mut route = Route {
         table: TableId::MAIN,
         metric: 0,
-        kind: kind.flatten().map(str::to_owned),
+        kind: kind.filter(|kind| *kind != UNICAST).map(str::to_owned),
         destination: destination.to_owned(),
         dev: None,
         rest: Vec::new(),

@@ -64,7 +64,10 @@ pub fn parse(save: &mut dyn BufRead) -> Result<BTreeMap<(Table, UplinkName), Sha
     let mut bytes = Vec::new();
     while next_line(save, &mut bytes).context("read what iptables-save prints")? {
         // Names of others' interfaces can hold any byte.
-        let line = &*String::from_utf8_lossy(&bytes);
+        let line = match str::from_utf8(&bytes) {
+            Ok(line) => line,
+            Err(_) => &String::from_utf8_lossy(&bytes),
+        };
         if let Some(name) = line.strip_prefix('*') {
             (table, committed) = (Table::parse(name), false);
         } else if line == "COMMIT" {

@@ -8,7 +8,8 @@
 //! kernel ─▶ link, observed ─┘
 //! ```
 //!
-//! `converge` turns that wheel under the `lock` until the kernel holds what it should. `ip` and
+//! `converge` turns that wheel under the `lock` until the kernel holds what it should. `observed` has our
+//! routes and rules of `fib`, which asks the kernel itself, and the rest of iptables-save. `ip` and
 //! `iptables` are the languages of the tools, `command` starts them, `running` is one of them until its
 //! end, `state` has the nouns.
 
@@ -23,6 +24,7 @@ pub mod converge;
 pub mod desired;
 pub mod event;
 pub mod explain;
+pub mod fib;
 pub mod ip;
 pub mod iptables;
 pub mod journey;

@@ -206,7 +206,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         check_local(local, &[]).map_err(Failure::Usage)?;
     }
     let source = Source::read(&arguments.config_path);
-    // What can be trusted takes its time to be parsed, and the tools list what stands meanwhile. Whoever
+    // What can be trusted takes its time to be parsed, and iptables-save lists meanwhile. Whoever
     // waits for a link has no turn yet.
     let early = source.is_ok() && waits_for.is_none() && geteuid().is_root();
     let turn = early.then(|| Turn::take(arguments.mode));

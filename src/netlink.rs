@@ -1,11 +1,13 @@
 //! What the kernel tells without a process of its own (netlink(7)): interfaces and addresses, with what
-//! getifaddrs(3) leaves out; whether nf_tables has tables of iptables.
+//! getifaddrs(3) leaves out; whether nf_tables has tables of iptables. What routing there is `fib` asks by it.
 
 use std::net::Ipv4Addr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::setsockopt_impl;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
     sockopt,
@@ -16,10 +18,14 @@ use nix::time::{ClockId, clock_gettime};
 // linux/netlink.h
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_DUMP: u16 = 0x300;
+/// The entries changed while they were told.
+const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 /// The bytes of a `nlmsghdr`: length, type, flags, sequence number, port.
 const HEADER: usize = 16;
+/// The others say how the value is laid out.
+const NLA_TYPE_MASK: u16 = 0x3fff;
 
 // linux/rtnetlink.h
 const RTM_NEWLINK: u16 = 16;
@@ -47,11 +53,29 @@ const NFT_GETTABLE: u16 = 10 << 8 | 1;
 const NFGENMSG: usize = 4;
 const NFTA_TABLE_NAME: u16 = 1;
 
+const SOL_NETLINK: i32 = 270;
+const NETLINK_GET_STRICT_CHK: i32 = 12;
+
+/// Whether the kernel heeds all that a question says, and tells no more than is asked (netlink(7)).
+#[derive(Clone, Copy, Debug)]
+struct StrictCheck;
+
+setsockopt_impl!(
+    StrictCheck,
+    SOL_NETLINK,
+    NETLINK_GET_STRICT_CHK,
+    bool,
+    sockopt::SetBool
+);
+
 /// More than one message of a dump takes (`NLMSG_GOODSIZE`, linux/netlink.h).
 const BUFFER: usize = 32 << 10;
 
 /// The most that the kernel may let us wait, in seconds: it answers while it is asked.
 const PATIENCE: i64 = 5;
+
+/// How often entries that change while they are told are asked for again.
+const TRIES: usize = 20;
 
 /// An interface.
 #[derive(Debug, PartialEq, Eq)]
@@ -82,14 +106,13 @@ pub struct Address {
 /// # Errors
 /// The kernel can't be asked, or refuses.
 pub fn interfaces() -> Result<Vec<Interface>> {
-    let mut interfaces = Vec::new();
     let protocol = SockProtocol::NetlinkRoute;
-    dump(protocol, RTM_GETLINK, INTERFACE, |kind, body| {
-        interfaces.extend(interface(body).filter(|_| kind == RTM_NEWLINK));
-        Ok(())
-    })
-    .context("ask for the interfaces (netlink)")?;
-    Ok(interfaces)
+    let interfaces = dump(protocol, [RTM_GETLINK, RTM_NEWLINK], &mut [0; INTERFACE])
+        .context("ask for the interfaces (netlink)")?;
+    Ok(interfaces
+        .iter()
+        .filter_map(|body| interface(body))
+        .collect())
 }
 
 /// All IPv4 addresses, in the kernel's order.
@@ -97,16 +120,13 @@ pub fn interfaces() -> Result<Vec<Interface>> {
 /// # Errors
 /// The kernel can't be asked, or refuses.
 pub fn addresses() -> Result<Vec<Address>> {
-    let mut addresses = Vec::new();
     let protocol = SockProtocol::NetlinkRoute;
-    dump(protocol, RTM_GETADDR, ADDRESS, |kind, body| {
-        // What the kernel stamps is its ticks, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
-        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
-        addresses.extend(address(body, now).filter(|_| kind == RTM_NEWADDR));
-        Ok(())
-    })
-    .context("ask for the addresses (netlink)")?;
-    Ok(addresses)
+    let addresses = dump(protocol, [RTM_GETADDR, RTM_NEWADDR], &mut [0; ADDRESS])
+        .context("ask for the addresses (netlink)")?;
+    // What the kernel stamps is its ticks, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
+    let addresses = addresses.iter();
+    Ok(addresses.filter_map(|body| address(body, now)).collect())
 }
 
 /// Whether iptables-nft may have rules: whether nf_tables has one of the tables that it makes.
@@ -114,106 +134,149 @@ pub fn addresses() -> Result<Vec<Address>> {
 /// # Errors
 /// The kernel can't be asked, or refuses.
 pub fn nft_tables() -> Result<bool> {
-    let asked = || "ask for the tables of nf_tables (netlink)";
-    let mut found = false;
-    dump(
-        SockProtocol::NetlinkNetFilter,
-        NFT_GETTABLE,
-        NFGENMSG,
-        |kind, body| {
-            let attributes = body.get(NFGENMSG..).unwrap_or_default();
-            let name = attribute(attributes, NFTA_TABLE_NAME).unwrap_or_default();
-            let name = name.strip_suffix(b"\0").unwrap_or(name);
-            found |= kind == NFT_NEWTABLE && [&b"mangle"[..], b"nat", b"filter"].contains(&name);
-            Ok(())
-        },
-    )
-    .with_context(asked)?;
-    Ok(found)
+    let protocol = SockProtocol::NetlinkNetFilter;
+    let tables = dump(protocol, [NFT_GETTABLE, NFT_NEWTABLE], &mut [0; NFGENMSG])
+        .context("ask for the tables of nf_tables (netlink)")?;
+    Ok(tables.iter().any(|body| {
+        let name = attributes(body, NFGENMSG).find(|(kind, _)| *kind == NFTA_TABLE_NAME);
+        let name = name.map(|(_, name)| text(name)).unwrap_or_default();
+        ["mangle", "nat", "filter"].contains(&name.as_str())
+    }))
 }
 
-/// Asks for all entries of a kind, of IPv4, and hands on each message's type and body. `fixed` is the
-/// length of what is ahead of a message's attributes; it begins with the family.
-fn dump(
+/// Asks for all entries of a kind, of IPv4, and gives each message's body: what is fixed of its kind, and attributes.
+/// `fixed` is that part of the question; it begins with the family.
+///
+/// # Errors
+/// The kernel can't be asked, or refuses, or the entries keep changing.
+pub fn dump(
     protocol: SockProtocol,
-    kind: u16,
-    fixed: usize,
-    mut take: impl FnMut(u16, &[u8]) -> Result<()>,
-) -> Result<()> {
+    [question, answer]: [u16; 2],
+    fixed: &mut [u8],
+) -> Result<Vec<Vec<u8>>> {
+    fixed[0] = AddressFamily::Inet as u8;
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
     let patience = TimeVal::seconds(PATIENCE);
     setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
-    let question = question(kind, fixed);
-    send(socket.as_raw_fd(), &question, MsgFlags::empty())?;
+    // Before Linux 4.20 there is no such thing, and others' entries come along.
+    let _ = setsockopt(&socket, StrictCheck, &true);
     let mut buffer = vec![0; BUFFER];
+    for _ in 0..TRIES {
+        send(
+            socket.as_raw_fd(),
+            &message(question, fixed),
+            MsgFlags::empty(),
+        )?;
+        if let Some(bodies) = receive(&socket, answer, &mut buffer)? {
+            return Ok(bodies);
+        }
+    }
+    bail!("they keep changing")
+}
+
+/// The bodies of a dump; none of one that is not whole, since the entries changed meanwhile.
+fn receive(socket: &OwnedFd, answer: u16, buffer: &mut [u8]) -> Result<Option<Vec<Vec<u8>>>> {
+    let mut bodies = Vec::new();
+    let mut is_whole = true;
     loop {
-        let length = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+        let length = recv(socket.as_raw_fd(), buffer, MsgFlags::empty())?;
         let mut messages = buffer.get(..length).unwrap_or_default();
-        while let Some((kind, body)) = message(&mut messages) {
+        while let Some(Message { kind, flags, body }) = next_message(&mut messages) {
+            is_whole &= flags & NLM_F_DUMP_INTR == 0;
             match kind {
-                NLMSG_DONE => return Ok(()),
-                NLMSG_ERROR => bail!("the kernel refuses"),
-                _ => take(kind, body)?,
+                NLMSG_DONE | NLMSG_ERROR => {
+                    // An error's number, below 0; none is 0.
+                    let number = u32_at(body, 0).unwrap_or_default().cast_signed();
+                    ensure!(number >= 0, "{}", Errno::from_raw(-number));
+                    return Ok(Some(bodies).filter(|_| is_whole));
+                }
+                kind if kind == answer => bodies.push(body.to_vec()),
+                _ => {}
             }
         }
     }
 }
 
-fn question(kind: u16, fixed: usize) -> Vec<u8> {
-    let mut question = Vec::new();
-    let length = u32::try_from(HEADER + fixed).expect("it is short");
-    question.extend(length.to_ne_bytes());
-    question.extend(kind.to_ne_bytes());
-    question.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-    question.extend([0; 8]);
-    question.push(AddressFamily::Inet as u8);
-    question.resize(HEADER + fixed, 0);
-    question
+/// The question for all entries of a kind.
+fn message(kind: u16, fixed: &[u8]) -> Vec<u8> {
+    let mut message = Vec::new();
+    let length = u32::try_from(HEADER + fixed.len()).expect("it is short");
+    message.extend(length.to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
+    message.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    message.extend([0; 8]);
+    message.extend(fixed);
+    message
 }
 
-/// The value of the first attribute of this type.
-fn attribute(mut rest: &[u8], kind: u16) -> Option<&[u8]> {
-    loop {
-        let (length, found) = (usize::from(u16_at(rest, 0)?), u16_at(rest, 2)?);
+/// The attributes behind what is fixed of a body: their types and values.
+pub fn attributes(body: &[u8], fixed: usize) -> impl Iterator<Item = (u16, &[u8])> {
+    let mut rest = body.get(fixed..).unwrap_or_default();
+    std::iter::from_fn(move || {
+        let (length, kind) = (usize::from(u16_at(rest, 0)?), u16_at(rest, 2)?);
         let value = rest.get(4..length)?;
-        if found == kind {
-            return Some(value);
-        }
-        rest = rest.get(length.next_multiple_of(4)..)?;
-    }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind & NLA_TYPE_MASK, value))
+    })
 }
 
-/// The next message's type and body.
-fn message<'a>(rest: &mut &'a [u8]) -> Option<(u16, &'a [u8])> {
+/// A message of the kernel's.
+struct Message<'a> {
+    kind: u16,
+    flags: u16,
+    body: &'a [u8],
+}
+
+fn next_message<'a>(rest: &mut &'a [u8]) -> Option<Message<'a>> {
     let length = usize::try_from(u32_at(rest, 0)?).ok()?;
-    let (kind, body) = (u16_at(rest, 4)?, rest.get(HEADER..length)?);
+    let message = Message {
+        kind: u16_at(rest, 4)?,
+        flags: u16_at(rest, 6)?,
+        body: rest.get(HEADER..length)?,
+    };
     *rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-    Some((kind, body))
+    Some(message)
 }
 
 fn interface(body: &[u8]) -> Option<Interface> {
-    let attributes = body.get(INTERFACE..)?;
-    let name = attribute(attributes, IFLA_IFNAME)?;
-    let name = name.strip_suffix(b"\0").unwrap_or(name);
-    Some(Interface {
+    let mut interface = Interface {
         index: u32_at(body, 4)?,
-        name: String::from_utf8_lossy(name).into_owned(),
+        name: String::new(),
         up: u32_at(body, 8)? & IFF_UP != 0,
-        mtu: attribute(attributes, IFLA_MTU).and_then(|mtu| u32_at(mtu, 0)),
-    })
+        mtu: None,
+    };
+    for (kind, value) in attributes(body, INTERFACE) {
+        match kind {
+            IFLA_IFNAME => interface.name = text(value),
+            IFLA_MTU => interface.mtu = u32_at(value, 0),
+            _ => {}
+        }
+    }
+    Some(interface).filter(|interface| !interface.name.is_empty())
 }
 
 fn address(body: &[u8], now: Duration) -> Option<Address> {
-    let attributes = body.get(ADDRESS..)?;
-    let local = <[u8; 4]>::try_from(attribute(attributes, IFA_LOCAL)?).ok()?;
+    let attribute = |wanted| attributes(body, ADDRESS).find(|(kind, _)| *kind == wanted);
+    let (_, local) = attribute(IFA_LOCAL)?;
     // Preferred and valid for how long, added and changed when: in hundredths of a second since the start.
-    let stamp = u32_at(attribute(attributes, IFA_CACHEINFO)?, 8)?;
+    let (_, times) = attribute(IFA_CACHEINFO)?;
     Some(Address {
         index: u32_at(body, 4)?,
-        address: local.into(),
-        age: age(now, stamp),
+        address: ipv4(local)?,
+        age: age(now, u32_at(times, 8)?),
     })
+}
+
+/// An address as an attribute has it.
+pub fn ipv4(value: &[u8]) -> Option<Ipv4Addr> {
+    <[u8; 4]>::try_from(value).ok().map(Ipv4Addr::from)
+}
+
+/// A name as an attribute has it. That of an interface can hold any byte.
+pub fn text(value: &[u8]) -> String {
+    let name = value.strip_suffix(b"\0").unwrap_or(value);
+    String::from_utf8_lossy(name).into_owned()
 }
 
 /// The stamp has 32 bits, and starts anew after 497 days.
@@ -226,12 +289,14 @@ fn age(now: Duration, stamp: u32) -> Duration {
     Duration::from_millis(u64::from(passed) * 10)
 }
 
-fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+/// The number at this place.
+pub fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
     let bytes = bytes.get(offset..offset + 2)?;
     bytes.try_into().ok().map(u16::from_ne_bytes)
 }
 
-fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+/// The number at this place.
+pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     let bytes = bytes.get(offset..offset + 4)?;
     bytes.try_into().ok().map(u32::from_ne_bytes)
 }
@@ -253,12 +318,12 @@ mod tests {
 
     #[test]
     fn a_message_cut_short_is_none() {
-        let question = question(RTM_GETADDR, ADDRESS);
-        let mut question: &[u8] = &question;
-        assert_eq!(message(&mut &question[..20]), None);
-        let (kind, body) = message(&mut question).expect("one message");
+        let question = message(RTM_GETADDR, &[0; ADDRESS]);
+        assert!(next_message(&mut &question[..20]).is_none());
+        let mut rest: &[u8] = &question;
+        let first = next_message(&mut rest).expect("one message");
         assert_eq!(
-            (kind, body.len(), question.len()),
+            (first.kind, first.body.len(), rest.len()),
             (RTM_GETADDR, ADDRESS, 0)
         );
         // An attribute that is longer than the message.

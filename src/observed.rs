@@ -1,4 +1,4 @@
-//! What stands in the kernel of ours, asked of the tools: two processes, whatever there is.
+//! What stands in the kernel of ours: one process, whatever there is.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,26 +6,18 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::command::{Asked, Backend, Counters, Tools};
-use crate::ip::Listing;
+use crate::command::{Backend, Counters, Tools};
+use crate::running::Running;
 use crate::state::{Loose, State, Table};
-use crate::{claim, ip, iptables, link, netlink};
+use crate::{claim, fib, iptables, link, netlink};
 
-/// Asks the tools for what stands.
+/// All entries of ours: `save` is what prints the tables.
 ///
 /// # Errors
-/// One can't be run.
-pub fn ask(tools: &Tools) -> Result<Asked> {
-    tools.ask(ip::QUESTIONS, Counters::Hidden)
-}
-
-/// All entries of ours, by what the tools answer.
-///
-/// # Errors
-/// A tool fails, or says what can't be read.
-pub fn observe(asked: Asked) -> Result<State> {
-    let (listing, tables) = asked.read(iptables::parse)?;
-    let Listing { routes, rules } = ip::parse(&listing)?;
+/// The kernel can't be asked, a tool fails, or one says what can't be read.
+pub fn observe(save: Running) -> Result<State> {
+    let (rules, routes) = (fib::rules()?, fib::routes()?);
+    let tables = save.read_by(iptables::parse)?;
     let mut loose = BTreeSet::new();
     for ((table, uplink), share) in &tables {
         let note = share.rules().find_map(iptables::parse_loose_note);

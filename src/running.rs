@@ -4,9 +4,8 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::iter;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::panic::resume_unwind;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -24,7 +23,7 @@ pub const LIMIT: Duration = Duration::from_secs(10);
 const PIPE: i32 = 1 << 20;
 
 /// How long what a tool prints may stay in its pipe.
-const PAUSE: Duration = Duration::from_millis(1);
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// How many bytes a pipe takes at once or not at all (pipe(7)).
 const PIPE_BUF: usize = 4096;
@@ -38,6 +37,8 @@ const MAX_OUTPUT: usize = 64 << 20;
 /// What a tool that ran to its end said.
 #[derive(Debug)]
 pub struct Output {
+    /// Its name and arguments.
+    pub name: String,
     /// How it ended.
     pub status: ExitStatus,
     /// Its answer.
@@ -47,6 +48,15 @@ pub struct Output {
 }
 
 impl Output {
+    /// The same; a failure is an error.
+    ///
+    /// # Errors
+    /// It has failed.
+    pub fn success(self) -> Result<Self> {
+        ensure!(self.status.success(), "{}: {}", self.name, self.failure());
+        Ok(self)
+    }
+
     /// How it failed, and its own words on one line.
     pub fn failure(&self) -> String {
         let words: Vec<&str> = self
@@ -73,38 +83,6 @@ impl Output {
             (None, Some(signal)) => format!("killed by signal {signal}"),
             (None, None) => "ended".into(),
         }
-    }
-}
-
-/// A tool that is being started. Whoever starts a process waits until it runs (`CLONE_VFORK`, clone(2)), and that
-/// for a millisecond where it has to wait for a processor: a thread does so in our place.
-#[derive(Debug)]
-pub struct Starting(Option<JoinHandle<Result<Running>>>);
-
-impl Starting {
-    /// Starts it in this way.
-    ///
-    /// # Errors
-    /// There can be no thread.
-    pub fn by(start: impl FnOnce() -> Result<Running> + Send + 'static) -> Result<Self> {
-        let thread = thread::Builder::new().spawn(start);
-        Ok(Self(Some(thread.context("start a thread")?)))
-    }
-
-    /// The tool, once it runs.
-    ///
-    /// # Errors
-    /// It can't be run.
-    pub fn running(&mut self) -> Result<Running> {
-        let thread = self.0.take().context("it runs already")?;
-        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
-    }
-}
-
-impl Drop for Starting {
-    fn drop(&mut self) {
-        // Nobody has waited for it: it is stopped as soon as it runs.
-        drop(self.0.take().map(JoinHandle::join));
     }
 }
 
@@ -148,23 +126,13 @@ impl Running {
             until: deadline.min(Instant::now() + LIMIT),
             stderr: Vec::new(),
             length: 0,
-            has_more: false,
+            has_more: true,
             has_ended: false,
         };
         if let Some(stdin) = &running.child.stdin {
             fcntl(stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         }
         Ok(running)
-    }
-
-    /// Hands over all its input, which is no more than a pipe takes at once.
-    ///
-    /// # Errors
-    /// It does not take it.
-    pub fn with(mut self, input: &str) -> Result<Self> {
-        let written = Input::of(&mut iter::once(input.to_owned())).write_to(&mut self.child.stdin);
-        written.with_context(|| self.name.clone())?;
-        Ok(self)
     }
 
     /// Hands over its input, piece by piece as it reads, and waits for its end.
@@ -195,10 +163,7 @@ impl Running {
     /// # Errors
     /// It fails, or does not end within its time.
     pub fn answer(self) -> Result<String> {
-        let name = self.name.clone();
-        let output = self.finish()?;
-        ensure!(output.status.success(), "{name}: {}", output.failure());
-        Ok(output.stdout)
+        Ok(self.finish()?.success()?.stdout)
     }
 
     /// What is read in what it prints, while it prints it; a failure is an error.
@@ -222,6 +187,7 @@ impl Running {
             }
         }
         Ok(Output {
+            name: self.name.clone(),
             status: self.wait()?,
             stdout: text(stdout),
             stderr: text(std::mem::take(&mut self.stderr)),

@@ -54,9 +54,9 @@ impl System {
         );
         let tools = Tools::find(Instant::now() + LIMIT)?;
         drop_all_but_needed(tools.backend);
-        let observed = observe(observed::ask(&tools)?)?;
-        let (listing, save) = tools.ask(ip::SURVEY, Counters::Shown)?.answers()?;
-        let survey = ip::survey(&listing);
+        let observed = observe(tools.iptables_save(Counters::Hidden)?)?;
+        let survey = ip::survey(&tools.ip_list(ip::SURVEY)?);
+        let save = tools.iptables_save(Counters::Shown)?.answer()?;
         let mut rulesets = vec![(tools.backend, Ruleset::parse(&save))];
         if let Some(other) = tools
             .other()

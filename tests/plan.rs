@@ -108,10 +108,13 @@ fn the_parts_of_all_uplinks_and_the_orphans_make_up_the_plan() {
 }
 
 fn observe(listing: &str, save: &str) -> State {
-    // The cases are about rules and routes; what the links' listing ends with is the same in all.
-    let lo = "1: lo: <LOOPBACK,UP,LOWER_UP> mtu 65536 qdisc noqueue state UNKNOWN\n";
-    let listing = ip::parse(&format!("{listing}{lo}"));
-    let ip::Listing { routes, rules, .. } = listing.expect("the listing of ip");
+    let ip::Survey { rules, routes } = ip::survey(listing);
+    let rules = rules.into_iter().filter(|listed| listed.is_ours);
+    // The cases show no routes but ours.
+    let (rules, routes) = (
+        rules.map(|listed| listed.entry).collect(),
+        routes.into_iter().map(|listed| listed.entry).collect(),
+    );
     let tables = iptables::parse(&mut save.as_bytes()).expect("what iptables-save prints");
     // In these cases what the note in a chain says of the interface is so.
     let note = |(key, share): (&(Table, UplinkName), &mh_hook::state::Share)| {

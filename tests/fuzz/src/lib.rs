@@ -72,8 +72,7 @@ pub fn config(data: &[u8]) {
         all.tables
     );
     let rules: String = all.rules.iter().map(listed).collect();
-    let read = route::parse(&whole(&rules)).expect("our own rules");
-    assert_eq!(read.rules, all.rules);
+    assert_eq!(ours(&rules).rules, all.rules);
     for name in config.uplinks.keys() {
         for forward in &config.uplinks[name].forwards {
             for (_, spec) in mh_hook::chains::dnat(forward) {
@@ -301,24 +300,16 @@ pub fn ip(data: &[u8]) {
     for listed in &survey.rules {
         assert!(!listed.text.contains('\n'));
     }
-    let _ = route::parse(&text);
-    let Ok(listing) = route::parse(&whole(&text)) else {
-        return;
-    };
+    let state = ours(&text);
     // Only a name, behind `iif`, can be any word.
     let word = |rule: &&RouteRule| {
         rule.from.as_ref().is_none_or(|from| from != "proto")
             && !rule.rest.contains(&"proto".into())
     };
-    for rule in listing.rules.iter().filter(word) {
-        let again = route::parse(&whole(&listed(rule))).expect("what was listed");
+    for rule in state.rules.iter().filter(word) {
+        let again = ours(&listed(rule));
         assert!(again.rules.contains(rule), "{rule:?}: {again:?}");
     }
-    let state = State {
-        routes: listing.routes,
-        rules: listing.rules,
-        ..State::default()
-    };
     assert_eq!(plan(&state, &state), []);
     for step in plan(&state, &State::default()) {
         assert_eq!(step.changes().len(), 1);
@@ -334,10 +325,16 @@ pub fn ip(data: &[u8]) {
     }
 }
 
-/// The listing between the two answers by which it is known to be whole.
-fn whole(listing: &str) -> String {
-    const LO: &str = "1: lo: <LOOPBACK,UP,LOWER_UP> mtu 65536";
-    format!("{LO}\n{listing}\n{LO}\n")
+/// The routes and rules of ours in a listing.
+fn ours(listing: &str) -> State {
+    let route::Survey { rules, routes } = route::survey(listing);
+    let rules = rules.into_iter().filter(|listed| listed.is_ours);
+    let routes = routes.into_iter().filter(|listed| listed.is_ours);
+    State {
+        rules: rules.map(|listed| listed.entry).collect(),
+        routes: routes.map(|listed| listed.entry).collect(),
+        ..State::default()
+    }
 }
 
 /// `99:<tab>from all iif eth1 fwmark 0xa/0xff lookup 10 proto 109`
