@@ -34,7 +34,7 @@ pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> BTreeMap<String, Rul
     // of two that overlap the first has the packet.
     let mut blocks: BTreeMap<Block, Option<usize>> = BTreeMap::new();
     for forward in forwards {
-        for (protocol, rule) in dnat(forward) {
+        dnat(forward).for_each(|(protocol, rule)| {
             let block = block(protocol, forward).filter(|_| !are_few);
             // Mostly the last one's, and nothing has come between: not looked up 10,000 times.
             if let Some((of, rules)) = lines.last_mut()
@@ -42,7 +42,7 @@ pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> BTreeMap<String, Rul
                 && *of == block
             {
                 rules.push(rule);
-                continue;
+                return;
             }
             let place = block.map(|block| *blocks.entry(block).or_insert(Some(lines.len())));
             match place {
@@ -58,7 +58,7 @@ pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> BTreeMap<String, Rul
                     lines.push((None, vec![rule]));
                 }
             }
-        }
+        });
     }
     let mut own = Vec::with_capacity(lines.len());
     let mut chains = BTreeMap::new();
@@ -169,8 +169,5 @@ fn push_address(text: &mut Vec<u8>, address: Ipv4Addr) {
 }
 
 fn push_number(text: &mut Vec<u8>, number: u16) {
-    if number > 9 {
-        push_number(text, number / 10);
-    }
-    text.push(b"0123456789"[usize::from(number % 10)]);
+    text.extend(itoa::Buffer::new().format(number).bytes());
 }
