@@ -43,7 +43,7 @@ bench_processes() {
 # bench_forwards: all calls with FORWARDS forwards and FOREIGN rules of others.
 bench_forwards() {
     # shellcheck disable=SC2034 # for lab_config and mh_hook; packets.bash has its own
-    local LAB_CONFIG RUNS=4 round name
+    local LAB_CONFIG RUNS=8 round name
     local -a NAMES=() OF=() limit
     local -A BEFORE=() OURS=() LIMIT=()
     local address="ip address flush dev ppp0; ip address add peer 203.0.113.1/32 dev ppp0"
