@@ -1,4 +1,5 @@
-//! The kernel's routing, of ours alone: routes and rules as it tells them (rtnetlink(7)), to state.
+//! The kernel's routing, of ours alone: routes and rules as it tells them (rtnetlink(7)), to state. Asking `ip`
+//! would cost each call a process, and its print has another form in another version.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -52,8 +53,9 @@ const FRA_DPORT_RANGE: u16 = 24;
 /// The kernel can't be asked, or refuses, or says what can't be read.
 pub fn rules() -> Result<BTreeSet<RouteRule>> {
     let protocol = SockProtocol::NetlinkRoute;
-    let all = dump(protocol, [RTM_GETRULE, RTM_NEWRULE], &mut [0; RULE])
-        .context("ask for the routing rules (netlink)")?;
+    let all = dump(protocol, [RTM_GETRULE, RTM_NEWRULE], &mut [0; RULE]).context(
+        "ask for the routing rules (netlink), for which the kernel needs CONFIG_IP_MULTIPLE_TABLES",
+    )?;
     let is_ours = |body: &&Vec<u8>| {
         attributes(body, RULE).any(|attribute| attribute == (FRA_PROTOCOL, &[PROTOCOL]))
     };
@@ -187,5 +189,64 @@ impl Rest {
     /// command leaves it out, since no word of one holds a `#`.
     fn unnamed(&mut self, what: &str, value: &[u8]) {
         self.named(&format!("#{what}"), format!("{value:02x?}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What is fixed of a message, and attributes of these types and values.
+    fn body(fixed: [u8; 12], attributes: &[(u16, Vec<u8>)]) -> Vec<u8> {
+        let mut body = fixed.to_vec();
+        for (kind, value) in attributes {
+            let length = u16::try_from(4 + value.len()).expect("it is short");
+            body.extend(length.to_ne_bytes());
+            body.extend(kind.to_ne_bytes());
+            body.extend(value);
+            body.resize(body.len().next_multiple_of(4), 0);
+        }
+        body
+    }
+
+    #[test]
+    fn what_we_never_write_makes_a_rule_another() {
+        // Of all sources, to a table, as `ip rule add priority 7 lookup 10 protocol 109` has it told.
+        let usual = [
+            (FRA_PRIORITY, 7_u32.to_ne_bytes().to_vec()),
+            (FRA_TABLE, 10_u32.to_ne_bytes().to_vec()),
+            (FRA_SUPPRESS_PREFIXLEN, u32::MAX.to_ne_bytes().to_vec()),
+            (FRA_PROTOCOL, vec![PROTOCOL]),
+        ];
+        let fixed = [2, 0, 0, 0, 10, 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0];
+        let plain = rule(&body(fixed, &usual)).expect("a rule");
+        assert_eq!(plain, RouteRule::new(7, TableId(10)));
+        for kind in 25..100 {
+            let mut more = usual.to_vec();
+            more.push((kind, vec![1]));
+            let odd = rule(&body(fixed, &more)).expect("a rule");
+            assert!(odd != plain, "{kind}");
+            assert_eq!(odd.to_string(), plain.to_string(), "{kind}");
+        }
+        let mut prohibiting = fixed;
+        prohibiting[7] = 8;
+        assert_ne!(rule(&body(prohibiting, &usual)), Some(plain));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_not(
+            fixed: [u8; 12],
+            attributes in vec((0..40_u16, vec(any::<u8>(), 0..12)), 0..8),
+            cut in 0..120_usize,
+        ) {
+            let mut body = body(fixed, &attributes);
+            body.truncate(cut);
+            let _ = rule(&body).map(|rule| rule.to_string());
+            let _ = route(&body).map(|route| route.to_string());
+        }
     }
 }
