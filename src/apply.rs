@@ -49,14 +49,20 @@ impl Outcome {
 }
 
 /// Carries out the steps in their order, `ip` and iptables asked once each where the order lets them.
-pub fn apply(tools: &Tools, steps: &[Step], on_error: OnError) -> Outcome {
+pub fn apply<'a>(tools: &Tools, steps: &'a [Step], on_error: OnError) -> Outcome {
     let mut outcome = Outcome::default();
     let groups: Vec<&[Step]> = steps.chunk_by(|a, b| kind(a) == kind(b)).collect();
-    // The tools start all at once, and each has its input when its turn comes.
-    let starts = groups.iter().map(|group| start(tools, group, on_error));
-    let started: Vec<Option<Result<Running>>> = starts.collect();
-    for (group, tool) in groups.into_iter().zip(started) {
-        match tool.map(|tool| tool.and_then(|tool| tool.run(&mut input(group)))) {
+    // Each tool has its input when its turn comes: the first at once, and while it works the others start.
+    let mut starts = groups
+        .iter()
+        .map(|group| (*group, start(tools, group, on_error)));
+    let give = |(group, tool): (&'a [Step], Option<Result<Running<'a>>>)| {
+        (group, tool.map(|tool| tool?.given(input(group))))
+    };
+    let first = starts.next().map(give);
+    let others: Vec<_> = starts.collect();
+    for (group, tool) in first.into_iter().chain(others.into_iter().map(give)) {
+        match tool.map(|tool| tool?.finish()) {
             None => rp_filter(tools, group, &mut outcome),
             Some(Err(error)) => outcome.errors.push(error),
             Some(Ok(output)) if output.status.success() => {
@@ -97,7 +103,7 @@ fn first_command(step: &Step) -> String {
 }
 
 /// The tool for steps of one kind; none for files.
-fn start(tools: &Tools, steps: &[Step], on_error: OnError) -> Option<Result<Running>> {
+fn start(tools: &Tools, steps: &[Step], on_error: OnError) -> Option<Result<Running<'static>>> {
     match kind(&steps[0]) {
         Kind::Ip => Some(tools.ip_batch(on_error)),
         Kind::Iptables => Some(tools.iptables_restore()),

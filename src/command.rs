@@ -136,15 +136,14 @@ impl Tools {
     /// It can't be run or fails.
     pub fn ip_list(&self, questions: &str) -> Result<String> {
         let ip = self.start(&self.ip, &["-4", "-N", "-batch", "-"])?;
-        let output = ip.run(&mut iter::once(questions.to_owned()))?;
-        Ok(output.success()?.stdout)
+        ip.given(iter::once(questions.to_owned()))?.answer()
     }
 
     /// Starts what carries out a batch of `ip` lines, once it has them.
     ///
     /// # Errors
     /// It can't be run.
-    pub fn ip_batch(&self, on_error: OnError) -> Result<Running> {
+    pub fn ip_batch(&self, on_error: OnError) -> Result<Running<'static>> {
         let args: &[&str] = match on_error {
             OnError::Stop => &["-4", "-batch", "-"],
             OnError::GoOn => &["-4", "-force", "-batch", "-"],
@@ -189,7 +188,7 @@ impl Tools {
     ///
     /// # Errors
     /// It can't be run.
-    pub fn iptables_save(&self, counters: Counters) -> Result<Running> {
+    pub fn iptables_save(&self, counters: Counters) -> Result<Running<'static>> {
         self.start(&self.save, counters.args())
     }
 
@@ -209,7 +208,7 @@ impl Tools {
     ///
     /// # Errors
     /// It can't be run.
-    pub fn iptables_restore(&self) -> Result<Running> {
+    pub fn iptables_restore(&self) -> Result<Running<'static>> {
         // One second less than it has, so that it gives up by itself and says why.
         let seconds = self.limit().as_secs().saturating_sub(1).max(1).to_string();
         self.start(&self.restore, &["--noflush", "--wait", &seconds])
@@ -251,15 +250,17 @@ impl Tools {
         };
         // By `-` it would open /dev/stdin, which a small system need not have.
         let delete = self.start(path, &["--load-file", "/proc/self/fd/0"])?;
-        let output = delete.run(&mut iter::once(lines.to_owned()))?;
-        output.success().map(drop)
+        delete
+            .given(iter::once(lines.to_owned()))?
+            .answer()
+            .map(drop)
     }
 
     fn limit(&self) -> Duration {
         running::LIMIT.min(self.deadline.saturating_duration_since(Instant::now()))
     }
 
-    fn start(&self, path: &Path, args: &[&str]) -> Result<Running> {
+    fn start(&self, path: &Path, args: &[&str]) -> Result<Running<'static>> {
         let name = path.file_name().unwrap_or_default();
         let name = [&[name.to_str().unwrap_or_default()], args]
             .concat()

@@ -45,13 +45,12 @@ pub enum Mode {
 }
 
 /// A call that has its turn: it holds the lock, and iptables-save lists what stands.
-#[derive(Debug)]
 pub struct Turn {
     started: Instant,
     tools: Tools,
     _lock: Option<Lock>,
     /// What prints the tables.
-    save: Running,
+    save: Running<'static>,
 }
 
 impl Turn {

@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::iter;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -87,10 +87,12 @@ impl Output {
 }
 
 /// A tool that runs. Where nobody has waited for its end, or in vain, it is stopped with all that it started.
-#[derive(Debug)]
-pub struct Running {
+pub struct Running<'a> {
     name: String,
     child: Child,
+    /// What it is still to read: what has been begun, and the pieces to come.
+    left: String,
+    pieces: Box<dyn Iterator<Item = String> + 'a>,
     deadline: Instant,
     until: Instant,
     /// Its complaints so far.
@@ -102,7 +104,7 @@ pub struct Running {
     has_ended: bool,
 }
 
-impl Running {
+impl<'a> Running<'a> {
     /// Starts this command, which must end by the deadline.
     ///
     /// # Errors
@@ -122,6 +124,8 @@ impl Running {
         let running = Self {
             name,
             child,
+            left: String::new(),
+            pieces: Box::new(iter::empty()),
             deadline,
             until: deadline.min(Instant::now() + LIMIT),
             stderr: Vec::new(),
@@ -135,27 +139,24 @@ impl Running {
         Ok(running)
     }
 
-    /// Hands over its input, piece by piece as it reads, and waits for its end.
+    /// Gives it its input: at once what the pipe takes, the rest piece by piece while its end is waited for.
     ///
     /// # Errors
-    /// It does not end within its time.
-    pub fn run(mut self, input: &mut dyn Iterator<Item = String>) -> Result<Output> {
+    /// It can't be handed over.
+    pub fn given(mut self, input: impl Iterator<Item = String> + 'a) -> Result<Self> {
         // It may have waited for its turn.
         self.until = self.deadline.min(Instant::now() + LIMIT);
-        self.end(input)
-    }
-
-    fn end(mut self, input: &mut dyn Iterator<Item = String>) -> Result<Output> {
-        let output = self.talk(Input::of(input));
-        output.with_context(|| self.name.clone())
+        self.pieces = Box::new(input);
+        self.hand_over().with_context(|| self.name.clone())?;
+        Ok(self)
     }
 
     /// Waits for its end.
     ///
     /// # Errors
     /// It does not end within its time.
-    pub fn finish(self) -> Result<Output> {
-        self.end(&mut iter::empty())
+    pub fn finish(mut self) -> Result<Output> {
+        self.talk().with_context(|| self.name.clone())
     }
 
     /// What it prints; a failure is an error.
@@ -177,11 +178,11 @@ impl Running {
         found
     }
 
-    fn talk(&mut self, mut input: Input) -> Result<Output> {
+    fn talk(&mut self) -> Result<Output> {
         let mut stdout = Vec::new();
         let mut piece = [0; PIPE_BUF];
         loop {
-            match self.go_on(&mut input, &mut piece)? {
+            match self.go_on(&mut piece)? {
                 0 => break,
                 length => stdout.extend_from_slice(&piece[..length]),
             }
@@ -195,11 +196,11 @@ impl Running {
     }
 
     /// Goes on until it has printed something, and says how many bytes; none once it has closed both outputs.
-    fn go_on(&mut self, input: &mut Input, buffer: &mut [u8]) -> Result<usize> {
+    fn go_on(&mut self, buffer: &mut [u8]) -> Result<usize> {
         while self.child.stdout.is_some() || self.child.stderr.is_some() {
             let [in_ready, out_ready, err_ready] = self.ready()?;
             if in_ready {
-                input.write_to(&mut self.child.stdin)?;
+                self.hand_over()?;
             }
             if err_ready {
                 let mut piece = [0; PIPE_BUF];
@@ -215,6 +216,33 @@ impl Running {
             }
         }
         Ok(0)
+    }
+
+    /// Writes as much as the pipe takes; behind the end of the input the pipe goes. So it does where nobody
+    /// reads any more, and how the tool ends tells why.
+    fn hand_over(&mut self) -> Result<()> {
+        let Some(stdin) = &mut self.child.stdin else {
+            return Ok(());
+        };
+        loop {
+            while self.left.len() < PIPE_BUF
+                && let Some(piece) = self.pieces.next()
+            {
+                self.left.push_str(&piece);
+            }
+            if self.left.is_empty() {
+                break;
+            }
+            match stdin.write(whole_lines(self.left.as_bytes())) {
+                Ok(length) => drop(self.left.drain(..length)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
+                Err(error) => return Err(error).context("hand over its input"),
+            }
+        }
+        self.child.stdin = None;
+        Ok(())
     }
 
     /// Which of stdin, stdout and stderr can go on. What a tool prints stays in the pipe until the tool has ended or
@@ -254,14 +282,13 @@ impl Running {
     }
 }
 
-impl Read for Running {
+impl Read for Running<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.go_on(&mut Input::of(&mut iter::empty()), buffer);
-        read.map_err(io::Error::other)
+        self.go_on(buffer).map_err(io::Error::other)
     }
 }
 
-impl Drop for Running {
+impl Drop for Running<'_> {
     fn drop(&mut self) {
         if self.has_ended {
             return;
@@ -270,46 +297,6 @@ impl Drop for Running {
         // It may have ended in between, which is as well.
         let _ = killpg(group, Signal::SIGKILL);
         let _ = self.child.wait();
-    }
-}
-
-/// What a tool is still to read.
-struct Input<'a> {
-    left: String,
-    pieces: &'a mut dyn Iterator<Item = String>,
-}
-
-impl<'a> Input<'a> {
-    fn of(pieces: &'a mut dyn Iterator<Item = String>) -> Self {
-        let left = String::new();
-        Self { left, pieces }
-    }
-
-    /// Writes as much as the pipe takes; behind the end of the input the pipe goes. So it does where nobody
-    /// reads any more, and how the tool ends tells why.
-    fn write_to(&mut self, pipe: &mut Option<ChildStdin>) -> Result<()> {
-        let Some(stdin) = pipe else {
-            return Ok(());
-        };
-        loop {
-            while self.left.len() < PIPE_BUF
-                && let Some(piece) = self.pieces.next()
-            {
-                self.left.push_str(&piece);
-            }
-            if self.left.is_empty() {
-                break;
-            }
-            match stdin.write(whole_lines(self.left.as_bytes())) {
-                Ok(length) => drop(self.left.drain(..length)),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
-                Err(error) => return Err(error).context("hand over its input"),
-            }
-        }
-        *pipe = None;
-        Ok(())
     }
 }
 
@@ -371,7 +358,7 @@ fn text(bytes: Vec<u8>) -> String {
 mod tests {
     use super::*;
 
-    fn start(command: &str, limit: Duration) -> Running {
+    fn start<'a>(command: &str, limit: Duration) -> Running<'a> {
         let mut shell = Command::new("/bin/sh");
         let shell = shell.args(["-c", command]);
         Running::start(command.to_owned(), shell, Instant::now() + limit).expect("a shell")
@@ -384,8 +371,8 @@ mod tests {
         let pieces = (0..100_000).map(|number| format!("line {number:040}\n"));
         let all: String = pieces.clone().collect();
         assert!(all.len() > 2 * (1 << 20), "no more than two pipes take");
-        let output = start("tee /dev/stderr", LONG).run(&mut pieces.clone());
-        let output = output.expect("it ends");
+        let tool = start("tee /dev/stderr", LONG).given(pieces);
+        let output = tool.and_then(Running::finish).expect("it ends");
         assert!(output.status.success() && output.stdout == all && output.stderr == all);
     }
 
@@ -405,9 +392,11 @@ mod tests {
     #[test]
     fn who_reads_nothing_is_no_failure_and_who_does_not_end_is_stopped() {
         let endless = || iter::repeat_with(|| "a line\n".repeat(1000));
-        let output = start("exec <&-", LONG).run(&mut endless());
-        assert!(output.expect("it ends").status.success());
-        let late = start("sleep 100", Duration::from_millis(100)).run(&mut endless());
+        let tool = start("exec <&-", LONG).given(endless());
+        let output = tool.and_then(Running::finish).expect("it ends");
+        assert!(output.status.success());
+        let late = start("sleep 100", Duration::from_millis(100)).given(endless());
+        let late = late.and_then(Running::finish);
         let error = format!("{:#}", late.expect_err("it is late"));
         assert_eq!(error, format!("sleep 100: {TOO_LATE}"));
     }
