@@ -34,6 +34,7 @@ pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> BTreeMap<String, Rul
     // of two that overlap the first has the packet.
     let mut blocks: BTreeMap<Block, Option<usize>> = BTreeMap::new();
     for forward in forwards {
+        // Not by a loop, which would hand its iterator round for each of 10,000.
         dnat(forward).for_each(|(protocol, rule)| {
             let block = block(protocol, forward).filter(|_| !are_few);
             // Mostly the last one's, and nothing has come between: not looked up 10,000 times.

@@ -6,26 +6,20 @@ use std::fmt;
 
 use anyhow::{Context, Result};
 use ipnetwork::Ipv4Network;
+use nix::libc::{
+    RTA_DST, RTA_GATEWAY, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTM_GETROUTE, RTM_GETRULE,
+    RTM_NEWROUTE, RTM_NEWRULE,
+};
 use nix::net::if_::if_indextoname;
 use nix::sys::socket::SockProtocol;
 
-use crate::ip::{UNICAST, route_kind};
+use crate::ip::{route_kind, said};
 use crate::netlink::{attributes, dump, ipv4, text, u16_at, u32_at};
 use crate::state::{FwMark, PROTOCOL, Route, RouteRule, TableId};
 
 // linux/rtnetlink.h
-const RTM_NEWROUTE: u16 = 24;
-const RTM_GETROUTE: u16 = 26;
-const RTM_NEWRULE: u16 = 32;
-const RTM_GETRULE: u16 = 34;
 /// The bytes of an `rtmsg`: family, lengths of destination and source, TOS, table, protocol, scope, type, flags.
 const ROUTE: usize = 12;
-const RTA_DST: u16 = 1;
-const RTA_OIF: u16 = 4;
-const RTA_GATEWAY: u16 = 5;
-const RTA_PRIORITY: u16 = 6;
-const RTA_PREFSRC: u16 = 7;
-const RTA_TABLE: u16 = 15;
 
 // linux/fib_rules.h
 /// The bytes of a `fib_rule_hdr`: family, lengths of destination and source, TOS, table, two of no use, action, flags.
@@ -133,7 +127,7 @@ fn route(body: &[u8]) -> Option<Route> {
     let mut route = Route {
         table: TableId(table.into()),
         metric: 0,
-        kind: name.filter(|name| *name != UNICAST).map(str::to_owned),
+        kind: name.and_then(said),
         destination: "default".into(),
         dev: None,
         rest: Vec::new(),

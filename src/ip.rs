@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::Ipv4Addr;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::state::{FwMark, PROTOCOL, Route, RouteRule, TableId};
 
@@ -34,22 +34,24 @@ pub struct Survey {
 /// all is left out.
 pub fn survey(text: &str) -> Survey {
     let mut survey = Survey::default();
+    // An indented line goes on about what the line above it names.
     let lines = text
         .lines()
         .filter(|line| !line.is_empty() && !line.starts_with([' ', '\t']));
     for line in lines {
         let is_ours = has_our_protocol(line);
         let text = named(line);
+        // `98:<tab>from …` is a rule; a route starts with its destination or kind.
         if let Some((priority, rest)) = line.split_once(":\t") {
             survey
                 .rules
-                .extend(route_rule(priority, rest).ok().map(|entry| Listed {
+                .extend(route_rule(priority, rest).map(|entry| Listed {
                     is_ours,
                     text,
                     entry,
                 }));
         } else {
-            survey.routes.extend(route(line).ok().map(|entry| Listed {
+            survey.routes.extend(route(line).map(|entry| Listed {
                 is_ours,
                 text,
                 entry,
@@ -127,28 +129,25 @@ pub fn way(text: &str) -> Result<Way> {
 }
 
 /// `from 203.0.113.10 lookup 254 suppress_prefixlength 0 proto 109`
-fn route_rule(priority: &str, text: &str) -> Result<RouteRule> {
-    let mut rule = RouteRule::new(priority.parse()?, TableId(0));
+fn route_rule(priority: &str, text: &str) -> Option<RouteRule> {
+    let mut rule = RouteRule::new(priority.parse().ok()?, TableId(0));
     let mut words = text.split_ascii_whitespace();
     while let Some(word) = words.next() {
-        let mut value = || {
-            words
-                .next()
-                .with_context(|| format!("{word} without a value"))
-        };
         match word {
-            "from" => rule.from = Some(value()?.to_owned()).filter(|from| from != "all"),
-            "iif" => rule.iif = Some(value()?.to_owned()),
+            "from" => rule.from = Some(words.next()?.to_owned()).filter(|from| from != "all"),
+            "iif" => rule.iif = Some(words.next()?.to_owned()),
             // Said of an interface that does not exist now.
             "[detached]" => {}
-            "fwmark" => rule.fwmark = Some(FwMark::parse(value()?).context("not a mark")?),
-            "lookup" => rule.table = TableId(value()?.parse()?),
-            "suppress_prefixlength" => rule.suppress_prefixlength = Some(value()?.parse()?),
-            "proto" => drop(value()?),
+            "fwmark" => rule.fwmark = Some(FwMark::parse(words.next()?)?),
+            "lookup" => rule.table = TableId(words.next()?.parse().ok()?),
+            "suppress_prefixlength" => {
+                rule.suppress_prefixlength = Some(words.next()?.parse().ok()?)
+            }
+            "proto" => drop(words.next()?),
             _ => rule.rest.push(word.to_owned()),
         }
     }
-    Ok(rule)
+    Some(rule)
 }
 
 /// The kinds of routes from 1 on (`RTN_UNICAST`, linux/rtnetlink.h), by the words of `ip`.
@@ -164,8 +163,12 @@ const KINDS: [&str; 9] = [
     "throw",
 ];
 
-/// The kind that is not said.
-pub const UNICAST: &str = "unicast";
+const UNICAST: &str = "unicast";
+
+/// A kind as a route of ours has it: that of most is not said.
+pub fn said(kind: &str) -> Option<String> {
+    (kind != UNICAST).then(|| kind.to_owned())
+}
 
 /// A kind of route by its number.
 pub fn route_kind(number: u8) -> Option<&'static str> {
@@ -173,42 +176,33 @@ pub fn route_kind(number: u8) -> Option<&'static str> {
 }
 
 /// `default dev ppp0 table 10 scope 253` or, its kind as a number, `7 default table 10 metric 4278198272`
-fn route(text: &str) -> Result<Route> {
+fn route(text: &str) -> Option<Route> {
     let mut words = text.split_ascii_whitespace();
     let first = words.next().unwrap_or_default();
     // `ip -N` prints the number.
     let number = first.parse().ok().and_then(route_kind);
     let kind = number.or_else(|| KINDS.into_iter().find(|kind| *kind == first));
-    let destination = if kind.is_some() {
-        words.next().context("no destination")?
-    } else {
-        first
-    };
+    let destination = if kind.is_some() { words.next()? } else { first };
     let mut route = Route {
         table: TableId::MAIN,
         metric: 0,
-        kind: kind.filter(|kind| *kind != UNICAST).map(str::to_owned),
+        kind: kind.and_then(said),
         destination: destination.to_owned(),
         dev: None,
         rest: Vec::new(),
     };
     while let Some(word) = words.next() {
-        let mut value = || {
-            words
-                .next()
-                .with_context(|| format!("{word} without a value"))
-        };
         match word {
-            "dev" => route.dev = Some(value()?.to_owned()),
-            "table" => route.table = TableId(value()?.parse()?),
-            "metric" => route.metric = value()?.parse()?,
+            "dev" => route.dev = Some(words.next()?.to_owned()),
+            "table" => route.table = TableId(words.next()?.parse().ok()?),
+            "metric" => route.metric = words.next()?.parse().ok()?,
             // Both follow from what we write; the flags follow from the link's state.
-            "scope" | "proto" => drop(value()?),
+            "scope" | "proto" => drop(words.next()?),
             "linkdown" | "dead" | "onlink" | "offload" | "trap" => {}
             _ => route.rest.push(word.to_owned()),
         }
     }
-    Ok(route)
+    Some(route)
 }
 
 /// A word as it means itself to a shell and in a batch; none where there is no such form: a batch knows

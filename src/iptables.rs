@@ -63,7 +63,7 @@ pub fn parse(save: &mut dyn BufRead) -> Result<BTreeMap<(Table, UplinkName), Sha
     let mut committed = true;
     let mut bytes = Vec::new();
     while next_line(save, &mut bytes).context("read what iptables-save prints")? {
-        // Names of others' interfaces can hold any byte.
+        // Names of others' interfaces can hold any byte; but mostly it is text, which is sooner seen than mended.
         let line = match str::from_utf8(&bytes) {
             Ok(line) => line,
             Err(_) => &String::from_utf8_lossy(&bytes),

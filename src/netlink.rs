@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
+use nix::libc::{
+    self, IFA_CACHEINFO, IFA_LOCAL, RTM_GETADDR, RTM_GETLINK, RTM_NEWADDR, RTM_NEWLINK,
+};
 use nix::setsockopt_impl;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
@@ -27,12 +30,6 @@ const HEADER: usize = 16;
 /// The others say how the value is laid out.
 const NLA_TYPE_MASK: u16 = 0x3fff;
 
-// linux/rtnetlink.h
-const RTM_NEWLINK: u16 = 16;
-const RTM_GETLINK: u16 = 18;
-const RTM_NEWADDR: u16 = 20;
-const RTM_GETADDR: u16 = 22;
-
 // linux/if.h, if_link.h
 const IFF_UP: u32 = 1;
 /// The bytes of an `ifinfomsg`: family, type, index, flags, change.
@@ -43,8 +40,6 @@ const IFLA_MTU: u16 = 4;
 // linux/if_addr.h
 /// The bytes of an `ifaddrmsg`: family, prefix length, flags, scope, the link's index.
 const ADDRESS: usize = 8;
-const IFA_LOCAL: u16 = 2;
-const IFA_CACHEINFO: u16 = 6;
 
 // linux/netfilter/nfnetlink.h, nf_tables.h: the subsystem in the upper byte
 const NFT_NEWTABLE: u16 = 10 << 8;
@@ -53,17 +48,14 @@ const NFT_GETTABLE: u16 = 10 << 8 | 1;
 const NFGENMSG: usize = 4;
 const NFTA_TABLE_NAME: u16 = 1;
 
-const SOL_NETLINK: i32 = 270;
-const NETLINK_GET_STRICT_CHK: i32 = 12;
-
 /// Whether the kernel heeds all that a question says, and tells no more than is asked (netlink(7)).
 #[derive(Clone, Copy, Debug)]
 struct StrictCheck;
 
 setsockopt_impl!(
     StrictCheck,
-    SOL_NETLINK,
-    NETLINK_GET_STRICT_CHK,
+    libc::SOL_NETLINK,
+    libc::NETLINK_GET_STRICT_CHK,
     bool,
     sockopt::SetBool
 );

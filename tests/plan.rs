@@ -13,7 +13,7 @@ use std::path::Path;
 use mh_hook::claim::{self, Addressed, Looks, Running};
 use mh_hook::config::Config;
 use mh_hook::plan::{Change, Step, plan};
-use mh_hook::state::{IfName, Loose, State, Table, UplinkName};
+use mh_hook::state::{IfName, Loose, Route, RouteRule, State, Table, UplinkName};
 use mh_hook::{ip, iptables};
 
 #[test]
@@ -110,11 +110,12 @@ fn the_parts_of_all_uplinks_and_the_orphans_make_up_the_plan() {
 fn observe(listing: &str, save: &str) -> State {
     let ip::Survey { rules, routes } = ip::survey(listing);
     let rules = rules.into_iter().filter(|listed| listed.is_ours);
+    let rules: Vec<RouteRule> = rules.map(|listed| listed.entry).collect();
     // The cases show no routes but ours.
-    let (rules, routes) = (
-        rules.map(|listed| listed.entry).collect(),
-        routes.into_iter().map(|listed| listed.entry).collect(),
-    );
+    let routes: Vec<Route> = routes.into_iter().map(|listed| listed.entry).collect();
+    let ours = |line: &&str| !line.contains(":\t") || line.contains(" proto 109");
+    let count = listing.lines().filter(ours).count();
+    assert_eq!(rules.len() + routes.len(), count, "{listing}");
     let tables = iptables::parse(&mut save.as_bytes()).expect("what iptables-save prints");
     // In these cases what the note in a chain says of the interface is so.
     let note = |(key, share): (&(Table, UplinkName), &mh_hook::state::Share)| {
@@ -128,8 +129,8 @@ fn observe(listing: &str, save: &str) -> State {
     };
     let loose = tables.iter().filter_map(note).collect();
     State {
-        routes,
-        rules,
+        routes: routes.into_iter().collect(),
+        rules: rules.into_iter().collect(),
         tables,
         loose,
     }

@@ -302,12 +302,16 @@ test_all_hangs_behind_a_lock_that_another_held_for_15_s() {
     no_problems
 }
 
-test_a_tool_of_those_who_look_hangs() {
+# look_hangs CALL TOOL: with `status`, this one of its calls.
+look_hangs() {
     tools_setup
     prepare "$UP"
-    fault 3 3 hang
+    fault "$1" "$1" hang
     ask_for status
     no_fault
     ((status == 1 && took < 15000000)) || fail "exit status $status after $took µs: $said"
-    [[ $said == *'iptables-save'*'did not end in its time'* ]] || fail "$said"
+    [[ $said == *"$2"*'did not end in its time'* ]] || fail "$said"
 }
+
+test_the_listing_of_ip_hangs() { look_hangs 2 'ip -4 -N -batch -'; }
+test_a_tool_of_those_who_look_hangs() { look_hangs 3 'iptables-save -c'; }
