@@ -2,32 +2,29 @@
 
 use std::env;
 use std::ffi::{OsStr, OsString};
-use std::mem;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use lexopt::Arg;
 use log::{LevelFilter, error};
 use nix::unistd::geteuid;
 
-use mh_hook::check::check;
-use mh_hook::command::start_self;
-use mh_hook::config::{self, Config, Source};
-use mh_hook::converge::{Mode, Turn, converge};
-use mh_hook::event::{self, Direction, Event};
-use mh_hook::explain::{Question, explain};
-use mh_hook::link::Link;
-use mh_hook::report::{Form, print};
-use mh_hook::request::Request;
-use mh_hook::state::{IfName, UplinkName, check_local};
-use mh_hook::status::status;
-use mh_hook::system::System;
-
-/// musl's own gives memory back at once, and asks for it again: at 10,000 forwards, 1,500 calls of the kernel.
-#[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+use mh_hook::config::{self, Config};
+use mh_hook::inspect::check::check;
+use mh_hook::inspect::explain::{Question, explain};
+use mh_hook::inspect::report::{Form, print};
+use mh_hook::inspect::snapshot::Snapshot;
+use mh_hook::inspect::status::status;
+use mh_hook::kernel::link::Link;
+use mh_hook::kernel::tools::start_self;
+use mh_hook::model::link::check_local;
+use mh_hook::model::names::{IfName, UplinkName};
+use mh_hook::reconcile::event::{self, Direction, Event};
+use mh_hook::reconcile::request::Request;
+use mh_hook::reconcile::{Mode, Session, reconcile};
+use mh_hook::runtime::output;
 
 const HELP: &str = "\
 mh-hook: multi-homing for a router with several PPPoE links
@@ -119,16 +116,18 @@ fn main() -> ExitCode {
     let arguments = match parse(env::args_os()) {
         Ok(arguments) => arguments,
         Err(error) => {
-            mh_hook::log::init(LevelFilter::Info, false);
+            mh_hook::runtime::log::init(LevelFilter::Info, false);
             error!("{error:#}; see mh-hook --help");
             return ExitCode::from(2);
         }
     };
     if let Command::Print(text) = &arguments.command {
-        print!("{text}");
-        return ExitCode::SUCCESS;
+        return match output::print(text) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::from(1),
+        };
     }
-    mh_hook::log::init(arguments.level, arguments.level > LevelFilter::Info);
+    mh_hook::runtime::log::init(arguments.level, arguments.level > LevelFilter::Info);
     let result = match arguments.command {
         Command::Look(look, form) => look_at(look, form, &arguments.config_path),
         _ => run(arguments).map(|()| true),
@@ -155,15 +154,15 @@ fn report(error: &Error) {
 fn look_at(look: Look, form: Form, config_path: &Path) -> Result<bool, Failure> {
     let config = Config::load(config_path);
     let printed = match look {
-        Look::Check => System::read()
-            .and_then(|system| check(&system, config.as_ref()))
+        Look::Check => Snapshot::read()
+            .and_then(|snapshot| check(&snapshot, config.as_ref()))
             .and_then(|check| print(&check, form)),
         Look::Status(name) => {
             let config = config.map_err(Failure::Usage)?;
             let name = name.map(|name| uplink(&config, &name)).transpose();
             let name = name.map_err(Failure::Usage)?;
-            System::read()
-                .and_then(|system| status(&system, &config, name.as_ref()))
+            Snapshot::read()
+                .and_then(|snapshot| status(&snapshot, &config, name.as_ref()))
                 .and_then(|status| print(&status, form))
         }
         Look::Explain {
@@ -174,8 +173,8 @@ fn look_at(look: Look, form: Form, config_path: &Path) -> Result<bool, Failure> 
             let config = config.map_err(Failure::Usage)?;
             let question = Question::parse(&config, &words, to, from_lan);
             let question = question.map_err(Failure::Usage)?;
-            System::read()
-                .and_then(|system| explain(&system, &config, &question))
+            Snapshot::read()
+                .and_then(|snapshot| explain(&snapshot, &config, &question))
                 .and_then(|explanation| print(&explanation, form))
         }
     };
@@ -194,24 +193,21 @@ fn uplink(config: &Config, name: &OsStr) -> Result<UplinkName> {
 fn run(arguments: Arguments) -> Result<(), Failure> {
     let follow = follow(&arguments);
     let request = request(arguments.command).map_err(Failure::Usage)?;
-    let waits_for = match &request {
-        Request::Event(Event {
-            direction: Direction::Follow,
-            interface,
-            ..
-        }) => Some(interface),
-        _ => None,
-    };
+    if let Request::Event(Event {
+        direction: Direction::Follow,
+        interface,
+        ..
+    }) = &request
+    {
+        Link::wait(interface).map_err(Failure::Kernel)?;
+    }
     // Before anything runs; whether it lies in a LAN is the configuration's to say.
     if let Some(local) = request.local() {
         check_local(local, &[]).map_err(Failure::Usage)?;
     }
-    let source = Source::read(&arguments.config_path);
-    // What can be trusted takes its time to be parsed, and iptables-save lists meanwhile. Whoever
-    // waits for a link has no turn yet.
-    let early = source.is_ok() && waits_for.is_none() && geteuid().is_root();
-    let turn = early.then(|| Turn::take(arguments.mode));
-    let config = match source.and_then(Source::config) {
+    // The configuration is read under the lock: whoever comes last has read it last.
+    let session = geteuid().is_root().then(|| Session::begin(arguments.mode));
+    let config = match Config::load(&arguments.config_path) {
         Ok(config) => Some(config),
         Err(error) if request.removes() => {
             report(&error);
@@ -222,23 +218,28 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         }
         Err(error) => return Err(Failure::Usage(error)),
     };
-    if let (Some(local), Some(config)) = (request.local(), &config) {
-        check_local(local, &config.lan.networks).map_err(Failure::Usage)?;
-    }
-    let mut is_ours = false;
+    let mut is_ours = true;
     if let Some(config) = &config {
+        if let Some(local) = request.local() {
+            check_local(local, &config.lan.networks).map_err(Failure::Usage)?;
+        }
         is_ours = !request.named(config).map_err(Failure::Usage)?.is_empty();
     }
-    if let Some(interface) = waits_for {
-        Link::wait(interface).map_err(Failure::Kernel)?;
-    }
-    let converged = converge(&request, config.as_ref(), arguments.mode, turn);
-    // The kernel takes it back at once; given back rule by rule, 10,000 take half a millisecond.
-    mem::forget(config);
-    if is_ours && let Some(args) = follow {
+    let Some(session) = session else {
+        if !is_ours {
+            return Ok(());
+        }
+        let error =
+            anyhow!("must be root: the kernel's routing and iptables are to be read and changed");
+        return Err(Failure::Kernel(error));
+    };
+    let reconciled = session
+        .with_context(|| request.to_string())
+        .and_then(|session| reconcile(&request, config.as_ref(), arguments.mode, &session));
+    if let Some(args) = follow.filter(|_| is_ours && config.is_some()) {
         start_self(&args).map_err(Failure::Kernel)?;
     }
-    converged.map_err(Failure::Kernel)
+    reconciled.map_err(Failure::Kernel)
 }
 
 /// The arguments for the call that follows this one, if it is pppd's `ip-pre-up`.

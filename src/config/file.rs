@@ -1,0 +1,112 @@
+//! The configuration file: who may have written it.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use nix::fcntl::{OFlag, open, openat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
+
+use super::Config;
+use super::error::{Errors, place};
+
+/// The largest configuration that is read, in bytes: 10,000 forwards take less than one MiB.
+const MAX_SIZE: u64 = 2 << 20;
+
+/// The text of a configuration that can be trusted.
+#[derive(Debug)]
+pub struct Source {
+    path: PathBuf,
+    text: String,
+}
+
+impl Source {
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// Why it can't be read or trusted.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = read(path).with_context(|| format!("configuration {}", path.display()))?;
+        let path = path.to_owned();
+        Ok(Self { path, text })
+    }
+
+    /// The configuration in it.
+    ///
+    /// # Errors
+    /// [`Errors`] where it does not hold.
+    pub fn config(self) -> Result<Config> {
+        let Self { path, text } = self;
+        Config::parse(&text).map_err(|problems| {
+            Errors {
+                path,
+                text,
+                problems,
+            }
+            .into()
+        })
+    }
+}
+
+/// The file's text, if nobody but root can have written it: it decides what runs as root. File and
+/// folder are checked on the open descriptors, so that neither can be exchanged in between.
+fn read(path: &Path) -> Result<String> {
+    let name = path.file_name().context("is not a file's name")?;
+    let dir_path = path
+        .parent()
+        .filter(|dir| !dir.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let dir = open(dir_path, flags | OFlag::O_DIRECTORY, Mode::empty())
+        .with_context(|| format!("open folder {}", dir_path.display()))?;
+    trusted(&dir, SFlag::S_IFDIR).with_context(|| format!("folder {}", dir_path.display()))?;
+    // O_NONBLOCK: a fifo must not make us wait for its writer.
+    let file = openat(
+        &dir,
+        name,
+        flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK,
+        Mode::empty(),
+    )
+    .map_err(|errno| {
+        anyhow::Error::new(errno).context(match errno {
+            nix::errno::Errno::ENOENT => "there is no such file; write one, see mh-hook.toml(5)",
+            nix::errno::Errno::ELOOP => "is a symbolic link; give the file itself",
+            _ => "open",
+        })
+    })?;
+    let stat = trusted(&file, SFlag::S_IFREG)?;
+    ensure!(
+        u64::try_from(stat.st_size).is_ok_and(|size| size <= MAX_SIZE),
+        "is larger than {MAX_SIZE} bytes"
+    );
+    let mut bytes = Vec::with_capacity(usize::try_from(stat.st_size)?);
+    File::from(file)
+        .take(MAX_SIZE)
+        .read_to_end(&mut bytes)
+        .context("read")?;
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = error.utf8_error().valid_up_to();
+        let ahead = String::from_utf8_lossy(&error.as_bytes()[..valid]).into_owned();
+        let (line, column) = place(&ahead, valid);
+        anyhow::anyhow!("line {line}, column {column}: is not UTF-8")
+    })
+}
+
+fn trusted(fd: impl AsFd, kind: SFlag) -> Result<FileStat> {
+    let stat = fstat(fd).context("fstat")?;
+    let is = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    ensure!(is == kind, "is not a regular file");
+    ensure!(
+        stat.st_uid == 0,
+        "belongs to user {}, not to root: chown root it",
+        stat.st_uid
+    );
+    ensure!(
+        stat.st_mode & 0o022 == 0,
+        "can be written by others than root (mode {:o}): chmod go-w it",
+        stat.st_mode & 0o7777
+    );
+    Ok(stat)
+}

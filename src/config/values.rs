@@ -1,0 +1,102 @@
+//! Values of the configuration: one string or number as one type.
+
+use std::net::Ipv4Addr;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use ipnetwork::Ipv4Network;
+use toml_spanner::{Item, Value};
+
+use crate::model::forward::PortRange;
+use crate::model::link::check_local;
+
+/// A prefix with its length and without host bits: ipnetwork itself takes both.
+///
+/// # Errors
+/// What it should be.
+pub fn prefix(text: &str) -> Result<Ipv4Network> {
+    let network: Ipv4Network = text
+        .parse()
+        .ok()
+        .filter(|_| text.contains('/'))
+        .with_context(|| format!("{text:?} is not an IPv4 prefix such as \"192.168.0.0/24\""))?;
+    ensure!(
+        network.prefix() > 0,
+        "{text:?} is every address; name the prefixes that are meant"
+    );
+    ensure!(
+        network.ip() == network.network(),
+        "{text:?} has bits behind its prefix; write {}/{}",
+        network.network(),
+        network.prefix()
+    );
+    Ok(network)
+}
+
+/// A port, or a range of ports.
+///
+/// # Errors
+/// What it should be.
+pub fn port_range(value: &Item) -> Result<PortRange> {
+    let what = "port is one port (80) or a range (\"27015-27030\"), from 1 to 65535";
+    let port = |text: &str| {
+        text.parse::<u16>()
+            .ok()
+            .filter(|port| *port > 0 && text.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    let range = match value.value() {
+        Value::Integer(integer) => integer
+            .as_u64()
+            .and_then(|number| u16::try_from(number).ok())
+            .filter(|port| *port > 0)
+            .map(PortRange::one),
+        Value::String(text) => match text.split_once('-') {
+            Some((first, last)) => port(first)
+                .zip(port(last))
+                .map(|(first, last)| PortRange { first, last }),
+            None => port(text).map(PortRange::one),
+        },
+        _ => None,
+    };
+    let range = range.context(what)?;
+    ensure!(
+        range.first <= range.last,
+        "the range ends before it begins: {what}"
+    );
+    Ok(range)
+}
+
+/// A LAN host, and a port there.
+///
+/// # Errors
+/// What it should be.
+pub fn target(value: &Item) -> Result<(Ipv4Addr, Option<u16>)> {
+    let what = "to is a LAN host's address, or address:port: \"192.168.0.2:22\"";
+    let text = value.as_str().context(what)?;
+    let (address, port) = match text.split_once(':') {
+        Some((address, port)) => (
+            address,
+            Some(
+                port.parse::<u16>()
+                    .ok()
+                    .filter(|port| *port > 0)
+                    .context(what)?,
+            ),
+        ),
+        None => (text, None),
+    };
+    let address = address.parse().ok().context(what)?;
+    check_local(address, &[])
+        .map_err(|_| anyhow!("{address} can't be a host's address: {what}"))?;
+    Ok((address, port))
+}
+
+/// A prefix, or an address alone.
+///
+/// # Errors
+/// What it should be.
+pub fn address_or_prefix(text: &str) -> Result<Ipv4Network> {
+    match text.parse::<Ipv4Addr>() {
+        Ok(address) => Ok(address.into()),
+        Err(_) => prefix(text),
+    }
+}

@@ -1,0 +1,272 @@
+//! What would keep this from working, and what mends it: the configuration, then the system. Each
+//! file below uplink_links at one side of the machine; this one has the nouns, the order and the text.
+
+use anyhow::{Error, Result};
+use serde::Serialize;
+
+use crate::config::{Config, Errors, Uplink};
+use crate::inspect::report::{Report, Style, Tone};
+use crate::inspect::snapshot::{Comparison, Snapshot};
+use crate::model::link::{UplinkLink, UplinkLinks};
+use crate::model::names::UplinkName;
+
+mod firewall;
+mod forwards;
+mod hooks;
+mod links;
+mod peers;
+mod rest;
+mod routing;
+mod services;
+mod sysctl;
+mod walk;
+
+/// What was found, and what was looked at.
+#[derive(Debug, Serialize)]
+pub struct Check {
+    /// The heaviest first; of the same weight, in the order of a packet's way.
+    pub findings: Vec<Finding>,
+    /// How much there was to look at.
+    pub looked_at: Scope,
+}
+
+/// How much was looked at.
+#[derive(Debug, Default, Serialize)]
+pub struct Scope {
+    /// Configured uplinks.
+    pub uplinks: usize,
+    /// Configured forwards.
+    pub forwards: usize,
+    /// Rules of the routing policy, everybody's.
+    pub route_rules: usize,
+    /// Routes of all tables, everybody's.
+    pub routes: usize,
+    /// Rules of iptables in all backends, everybody's.
+    pub iptables_rules: usize,
+}
+
+/// One thing that is not as it should be.
+#[derive(Debug, Serialize)]
+pub struct Finding {
+    /// Its name, which stays.
+    pub id: &'static str,
+    /// What it does.
+    pub weight: Weight,
+    /// The uplink, where it is one's.
+    pub uplink: Option<String>,
+    /// What it is.
+    pub what: String,
+    /// What mends it, in order: commands, or lines of a file that is named.
+    pub mend: Vec<String>,
+}
+
+/// What a finding does; the heaviest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Weight {
+    /// Forwards do not work.
+    Stops,
+    /// Something else does not, or forwards will not after the next restart.
+    Harms,
+    /// To be known, and well as it may be.
+    Note,
+}
+
+impl Finding {
+    fn new(weight: Weight, id: &'static str, what: impl Into<String>) -> Self {
+        Self {
+            id,
+            weight,
+            uplink: None,
+            what: what.into(),
+            mend: Vec::new(),
+        }
+    }
+
+    fn stops(id: &'static str, what: impl Into<String>) -> Self {
+        Self::new(Weight::Stops, id, what)
+    }
+
+    fn harms(id: &'static str, what: impl Into<String>) -> Self {
+        Self::new(Weight::Harms, id, what)
+    }
+
+    fn note(id: &'static str, what: impl Into<String>) -> Self {
+        Self::new(Weight::Note, id, what)
+    }
+
+    fn of(mut self, uplink: &UplinkName) -> Self {
+        self.uplink = Some(uplink.to_string());
+        self
+    }
+
+    fn mend(mut self, line: impl Into<String>) -> Self {
+        self.mend.push(line.into());
+        self
+    }
+}
+
+/// What the checks that need a configuration look at.
+struct View<'a> {
+    snapshot: &'a Snapshot,
+    config: &'a Config,
+    comparison: Comparison,
+}
+
+impl View<'_> {
+    /// The uplinks' links.
+    fn links(&self) -> &UplinkLinks {
+        &self.comparison.links
+    }
+
+    /// The uplinks with forwards.
+    fn serving(&self) -> impl Iterator<Item = (&UplinkName, &Uplink)> {
+        let uplinks = self.config.uplinks.iter();
+        uplinks.filter(|(_, uplink)| !uplink.forwards.is_empty())
+    }
+
+    /// The uplinks with forwards whose link is up.
+    fn serving_links(&self) -> impl Iterator<Item = (&UplinkName, &Uplink, &UplinkLink)> {
+        self.serving()
+            .filter_map(|(name, uplink)| Some((name, uplink, self.links().get(name)?.as_ref()?)))
+    }
+}
+
+/// `config`: what holds, or why it does not; then only what needs no configuration is looked at.
+///
+/// # Errors
+/// A tool can't be run, or answers what can't be read.
+pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Check> {
+    let boot = sysctl::Boot::read();
+    let mut findings = Vec::new();
+    let mut looked_at = Scope {
+        route_rules: snapshot.kernel.routing.rules.len(),
+        routes: snapshot.kernel.routing.routes.len(),
+        ..Scope::default()
+    };
+    for (_, ruleset) in &snapshot.rulesets {
+        let chains = ruleset.tables.values().flat_map(|table| table.values());
+        looked_at.iptables_rules += chains.map(|chain| chain.rules.len()).sum::<usize>();
+    }
+    match config {
+        Ok(config) => {
+            looked_at.uplinks = config.uplinks.len();
+            let uplinks = config.uplinks.values();
+            looked_at.forwards = uplinks.map(|uplink| uplink.forwards.len()).sum();
+        }
+        Err(error) => findings.extend(configuration(error)),
+    }
+    let needs_system = config.is_err() || looked_at.uplinks > 0;
+    if needs_system {
+        findings.extend(sysctl::forwarding(&boot));
+    } else {
+        findings.push(Finding::note(
+            "no-uplinks",
+            "the configuration has no uplinks: nothing is asked for, see mh-hook.toml(5)",
+        ));
+    }
+    if let Ok(config) = config {
+        match snapshot.compare(config) {
+            Ok(comparison) => {
+                let view = View {
+                    snapshot,
+                    config,
+                    comparison,
+                };
+                findings.extend(links::check(&view));
+                findings.extend(sysctl::per_link(&view, &boot));
+                let routes = routing::targets(&view)?;
+                findings.extend(routing::check(&view, &routes)?);
+                findings.extend(firewall::check(&view, &routes));
+                findings.extend(forwards::check(&view));
+                findings.extend(peers::check(&view));
+            }
+            Err(error) => findings.push(Finding::stops("address", format!("{error:#}"))),
+        }
+    }
+    if needs_system {
+        findings.extend(routing::default_route(snapshot));
+    }
+    findings.extend(firewall::backends(snapshot));
+    findings.extend(firewall::nftables(snapshot)?);
+    findings.extend(hooks::check());
+    findings.extend(services::check());
+    findings.extend(rest::check(snapshot)?);
+    findings.sort_by_key(|finding| finding.weight);
+    Ok(Check {
+        findings,
+        looked_at,
+    })
+}
+
+/// Each problem of a configuration is a finding of its own.
+fn configuration(error: &Error) -> Vec<Finding> {
+    let lines: Vec<String> = match error.downcast_ref::<Errors>() {
+        Some(errors) => errors.lines().collect(),
+        None => vec![format!("{error:#}")],
+    };
+    let findings = lines.into_iter();
+    findings
+        .map(|line| Finding::stops("configuration", line))
+        .collect()
+}
+
+impl Report for Check {
+    fn text(&self, style: Style) -> String {
+        if self.findings.is_empty() {
+            let Scope {
+                uplinks,
+                forwards,
+                route_rules,
+                routes,
+                iptables_rules,
+            } = self.looked_at;
+            return format!(
+                "{}: {uplinks} uplinks, {forwards} forwards, {route_rules} routing rules, {routes} routes, \
+                 {iptables_rules} iptables rules, kernel parameters and files\n",
+                style.paint(Tone::Good, "nothing found")
+            );
+        }
+        let mut text = String::new();
+        for finding in &self.findings {
+            let weight = match finding.weight {
+                Weight::Stops => style.paint(Tone::Bad, "stops"),
+                Weight::Harms => style.paint(Tone::Doubtful, "harms"),
+                Weight::Note => style.paint(Tone::Strong, "note"),
+            };
+            text += &format!("{weight}: ");
+            if let Some(uplink) = &finding.uplink {
+                text += &format!("{uplink}: ");
+            }
+            // Others' entries and files can hold any byte.
+            text += &finding.what;
+            text.push('\n');
+            for line in &finding.mend {
+                text += &format!("    {line}\n");
+            }
+        }
+        text
+    }
+
+    fn is_well(&self) -> bool {
+        !self
+            .findings
+            .iter()
+            .any(|finding| finding.weight == Weight::Stops)
+    }
+}
+
+/// The first few of many, for a sentence: `a, b, c and 7 more`.
+fn few<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
+    const FEW: usize = 3;
+    let all: Vec<String> = items.into_iter().map(|item| item.to_string()).collect();
+    match all.len().checked_sub(FEW) {
+        Some(more) if more > 0 => format!("{} and {more} more", all[..FEW].join(", ")),
+        _ => all.join(", "),
+    }
+}
+
+/// `1 entry`, `2 entries`.
+fn count(number: usize, one: &str, many: &str) -> String {
+    format!("{number} {}", if number == 1 { one } else { many })
+}

@@ -1,0 +1,180 @@
+//! How `status`, `check` and `explain` speak: as text for a person, or as JSON.
+
+use std::env;
+use std::io::{IsTerminal, Write, stdout};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+/// In which form a report is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// For a person.
+    Text,
+    /// For a program.
+    Json,
+}
+
+/// What was found.
+pub trait Report: Serialize {
+    /// The lines for a person.
+    fn text(&self, style: Style) -> String;
+
+    /// Whether all is well: exit status 0, else 1.
+    fn is_well(&self) -> bool;
+}
+
+/// Prints a report, and says whether all is well.
+///
+/// # Errors
+/// It can't be printed.
+pub fn print(report: &impl Report, form: Form) -> Result<bool> {
+    let style = Style::of_stdout();
+    let text = match form {
+        Form::Text => printable(&report.text(style), style),
+        Form::Json => serde_json::to_string_pretty(report).context("write JSON")? + "\n",
+    };
+    stdout()
+        .write_all(text.as_bytes())
+        .context("print the report")?;
+    Ok(report.is_well())
+}
+
+/// The text without control characters but for line ends and the colours that [`Style::paint`] gives:
+/// what others have written into a rule must not move a terminal's cursor.
+fn printable(text: &str, style: Style) -> String {
+    let tones = [Tone::Good, Tone::Doubtful, Tone::Bad, Tone::Strong];
+    let codes: Vec<String> = tones
+        .map(Tone::code)
+        .into_iter()
+        .chain([END])
+        .map(sgr)
+        .collect();
+    let mut clean = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        let code = codes.iter().find(|code| rest.starts_with(code.as_str()));
+        if let Some(code) = code.filter(|_| style == Style::Coloured) {
+            clean.push_str(code);
+            rest = &rest[code.len()..];
+            continue;
+        }
+        if c.is_control() && c != '\n' {
+            clean.extend(c.escape_default());
+        } else {
+            clean.push(c);
+        }
+        rest = &rest[c.len_utf8()..];
+    }
+    clean
+}
+
+/// Select graphic rendition (ECMA-48).
+fn sgr(code: &str) -> String {
+    format!("\x1b[{code}m")
+}
+
+/// What ends all colours.
+const END: &str = "0";
+
+/// Whether text has colours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// On a terminal.
+    Coloured,
+    /// Elsewhere, or where the environment has `NO_COLOR` (<https://no-color.org>).
+    Plain,
+}
+
+/// What a colour says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tone {
+    /// As it should be.
+    Good,
+    /// Worth a look.
+    Doubtful,
+    /// Keeps it from working.
+    Bad,
+    /// A heading.
+    Strong,
+}
+
+impl Tone {
+    fn code(self) -> &'static str {
+        match self {
+            Self::Good => "32",
+            Self::Doubtful => "33",
+            Self::Bad => "31",
+            Self::Strong => "1",
+        }
+    }
+}
+
+impl Style {
+    fn of_stdout() -> Self {
+        let undesired = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+            || env::var_os("TERM").is_some_and(|value| value == "dumb");
+        if stdout().is_terminal() && !undesired {
+            Self::Coloured
+        } else {
+            Self::Plain
+        }
+    }
+
+    /// The text in the colour of its tone.
+    pub fn paint(self, tone: Tone, text: &str) -> String {
+        match self {
+            Self::Coloured => format!("{}{text}{}", sgr(tone.code()), sgr(END)),
+            Self::Plain => text.to_owned(),
+        }
+    }
+}
+
+/// Rows under each other, each column as wide as its widest cell, two spaces apart. Colours take no room.
+pub fn align(rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = Vec::new();
+    for row in rows {
+        widths.resize(widths.len().max(row.len()), 0);
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(width_of(cell));
+        }
+    }
+    let mut text = String::new();
+    for row in rows {
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| cell.clone() + &" ".repeat(width - width_of(cell)));
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// The characters that show: not those of [`Style::paint`]'s sequences, which end at an `m`.
+fn width_of(cell: &str) -> usize {
+    let mut parts = cell.split('\x1b');
+    let plain = parts.next().unwrap_or_default().chars().count();
+    let painted = parts.map(|part| part.split_once('m').map_or(part, |(_, shown)| shown));
+    plain + painted.map(|shown| shown.chars().count()).sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned_and_colours_take_no_room() {
+        let rows = |style: Style| {
+            let row = |first: String, last: &str| vec![first, last.to_owned()];
+            vec![
+                row("é".to_owned(), "1"),
+                row(style.paint(Tone::Good, "wide"), "2"),
+                row(style.paint(Tone::Bad, "mm"), ""),
+            ]
+        };
+        assert_eq!(align(&rows(Style::Plain)), "é     1\nwide  2\nmm\n");
+        let coloured = "é     1\n\x1b[32mwide\x1b[0m  2\n\x1b[31mmm\x1b[0m\n";
+        assert_eq!(align(&rows(Style::Coloured)), coloured);
+    }
+}

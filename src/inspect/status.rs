@@ -1,0 +1,415 @@
+//! `mh-hook status`: each uplink, its link, what stands against what should, what its forwards have
+//! seen. The structs are the JSON, whose schema is packaging/schema/status.schema.json.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::config::{Config, Uplink};
+use crate::inspect::report::{Report, Style, Tone, align};
+use crate::inspect::snapshot::{Comparison, Snapshot};
+use crate::kernel::conntrack::Flow;
+use crate::kernel::iptables_save::{Counter, Ruleset};
+use crate::kernel::sysctl;
+use crate::model::forward::Forward;
+use crate::model::link::UplinkLink;
+use crate::model::names::IfName;
+use crate::model::names::UplinkName;
+use crate::model::netfilter::Rule;
+use crate::model::route::FwMark;
+use crate::model::state::State;
+use crate::reconcile::diff::{Change, diff};
+use crate::reconcile::dnat;
+use crate::reconcile::ownership::{Part, parts};
+
+/// What `mh-hook status` finds.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    /// Whether nothing is missing, and nothing surplus.
+    in_step: bool,
+    /// The bits of the marks that are ours.
+    mask: u32,
+    /// The uplinks, by name, or the one that was asked for.
+    uplinks: Vec<UplinkStatus>,
+    /// What takes away the entries that no configured uplink claims; none where one uplink was asked for.
+    orphans: Option<Vec<String>>,
+}
+
+/// An uplink.
+#[derive(Debug, Serialize)]
+struct UplinkStatus {
+    name: String,
+    /// Its interface, where it is known.
+    interface: Option<String>,
+    link: LinkState,
+    /// The link's address that entries are for.
+    address: Option<Ipv4Addr>,
+    /// For how long the link has had that address.
+    up_seconds: Option<u64>,
+    /// Its routing table.
+    table: Option<u32>,
+    /// The mark of its connections.
+    mark: Option<u32>,
+    /// How many tracked connections carry that mark now; none without a mark or without conntrack.
+    marked: Option<usize>,
+    /// Whether nothing is missing, and nothing surplus.
+    in_step: bool,
+    /// The commands that take away what should not stand, in their order, to be run ahead of `missing`.
+    surplus: Vec<String>,
+    /// The commands that make what should stand, in their order.
+    missing: Vec<String>,
+    /// Its forwards, in the order of the configuration.
+    forwards: Vec<ForwardStatus>,
+}
+
+/// How an uplink's link is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum LinkState {
+    /// It is up, and has an address.
+    Up,
+    /// It is up without an address.
+    NoAddress,
+    /// It is there, and not up.
+    Down,
+    /// There is no such interface.
+    Missing,
+    /// Nothing that stands tells which link it is.
+    Unknown,
+}
+
+/// A port forward.
+#[derive(Debug, Serialize)]
+struct ForwardStatus {
+    /// Its protocols and ports: `tcp/80`.
+    service: String,
+    /// The sources that may use it; none given means all.
+    from: Vec<String>,
+    /// The LAN host, and its port where it is another.
+    to: String,
+    /// The connections that it was given since its chain was written: a nat rule sees the first packet
+    /// of each (iptables(8), nat). None where none of its rules stands.
+    connections: Option<u64>,
+    /// The bytes of those first packets.
+    bytes: Option<u64>,
+    /// Its connections that are tracked now; none without conntrack or without an address.
+    open: Option<usize>,
+    /// Their bytes, both directions, where the kernel counts them.
+    open_bytes: Option<u64>,
+}
+
+/// Compares what stands with what should, for all uplinks or this one.
+///
+/// # Errors
+/// The kernel can't be asked, or a link's address can't be an uplink's.
+pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -> Result<Status> {
+    let Comparison {
+        owners,
+        installed,
+        links,
+        ..
+    } = snapshot.compare(config)?;
+    let (parts, orphans) = parts(config, &owners, &installed, &links);
+    let mut uplinks = Vec::new();
+    for (of, part) in &parts {
+        let uplink = &config.uplinks[of];
+        if name.is_none_or(|name| name == of) {
+            let link = links.get(of).and_then(Option::as_ref);
+            let age = link.and_then(|link| {
+                let there = snapshot.kernel.links.get(link.interface.as_str())?;
+                there.age(link.address)
+            });
+            uplinks.push(uplink_status(
+                snapshot,
+                of,
+                uplink,
+                link,
+                age,
+                part,
+                owners.interface_of(of, &installed),
+            ));
+        }
+    }
+    let orphans = name
+        .is_none()
+        .then(|| mending(&orphans, &State::default()).0);
+    let well = uplinks.iter().all(|uplink| uplink.in_step);
+    Ok(Status {
+        in_step: well && orphans.as_ref().is_none_or(Vec::is_empty),
+        mask: config.mask,
+        uplinks,
+        orphans,
+    })
+}
+
+fn uplink_status(
+    snapshot: &Snapshot,
+    name: &UplinkName,
+    uplink: &Uplink,
+    link: Option<&UplinkLink>,
+    age: Option<Duration>,
+    part: &Part,
+    named: Option<IfName>,
+) -> UplinkStatus {
+    let interface = link
+        .map(|link| link.interface.clone())
+        .or_else(|| uplink.identity.interface.clone())
+        .or(named);
+    let found = interface
+        .as_ref()
+        .map(|interface| snapshot.kernel.links.get(interface.as_str()));
+    let state = match (link, found) {
+        (Some(_), _) => LinkState::Up,
+        (None, Some(None)) => LinkState::Missing,
+        (None, Some(Some(found))) if !found.up => LinkState::Down,
+        (None, Some(Some(found))) if found.addresses.is_empty() => LinkState::NoAddress,
+        (None, _) => LinkState::Unknown,
+    };
+    let mark = uplink.routing.as_ref().map(|routing| routing.mark);
+    let flows = snapshot.flows.as_deref();
+    let address = link.map(|link| link.address);
+    let (surplus, missing) = mending(&part.installed, &part.desired);
+    UplinkStatus {
+        name: name.to_string(),
+        interface: interface.map(|interface| interface.to_string()),
+        link: state,
+        address,
+        up_seconds: age.map(|age| age.as_secs()),
+        table: uplink.routing.as_ref().map(|routing| routing.table.0),
+        mark: mark.map(|mark| mark.value),
+        marked: mark.zip(flows).map(|(mark, flows)| {
+            let marked = flows.iter().filter(|flow| mark.matches(flow.mark));
+            marked.count()
+        }),
+        in_step: surplus.is_empty() && missing.is_empty(),
+        surplus,
+        missing,
+        forwards: forwards(name, uplink, &snapshot.kernel.ruleset, flows.zip(address)),
+    }
+}
+
+/// The commands that take away, and those that make.
+fn mending(installed: &State, desired: &State) -> (Vec<String>, Vec<String>) {
+    let (mut surplus, mut missing) = (Vec::new(), Vec::new());
+    for step in diff(installed, desired) {
+        for (change, command) in step.commands() {
+            let target = match change {
+                Change::Delete => &mut surplus,
+                Change::Add | Change::Replace => &mut missing,
+            };
+            target.push(command.to_string());
+        }
+    }
+    (surplus, missing)
+}
+
+fn forwards(
+    name: &UplinkName,
+    uplink: &Uplink,
+    ruleset: &Ruleset,
+    tracked: Option<(&[Flow], Ipv4Addr)>,
+) -> Vec<ForwardStatus> {
+    let counters = counters(name, ruleset);
+    let accounts = sysctl::read("net/netfilter/nf_conntrack_acct").as_deref() == Some("1");
+    // As in the chain, the first that takes a connection has it.
+    let mut open: BTreeMap<usize, Vec<&Flow>> = BTreeMap::new();
+    for (flow, address) in tracked
+        .iter()
+        .flat_map(|(flows, address)| flows.iter().map(move |flow| (flow, *address)))
+    {
+        let mut forwards = uplink.forwards.iter();
+        if let Some(index) = forwards.position(|forward| made(forward, address, flow)) {
+            open.entry(index).or_default().push(flow);
+        }
+    }
+    let statuses = uplink.forwards.iter().enumerate().map(|(index, forward)| {
+        let rules: BTreeSet<Rule> = dnat::rules(forward).map(|(_, rule)| rule).collect();
+        let standing = rules.iter().filter_map(|rule| counters.get(rule));
+        let counter = standing.copied().reduce(Counter::plus);
+        let open = tracked.map(|_| open.remove(&index).unwrap_or_default());
+        ForwardStatus {
+            service: forward.to_string(),
+            from: forward.from.iter().map(ToString::to_string).collect(),
+            to: match forward.to_port {
+                Some(port) => format!("{}:{port}", forward.to),
+                None => forward.to.to_string(),
+            },
+            connections: counter.map(|counter| counter.packets),
+            bytes: counter.map(|counter| counter.bytes),
+            open_bytes: open
+                .as_ref()
+                .filter(|_| accounts)
+                .map(|open| open.iter().filter_map(|flow| flow.bytes).sum()),
+            open: open.map(|open| open.len()),
+        }
+    });
+    statuses.collect()
+}
+
+/// What the rules of the uplink's nat chains have counted. Doubles count together.
+fn counters<'a>(name: &UplinkName, ruleset: &'a Ruleset) -> BTreeMap<&'a Rule, Counter> {
+    let mut counters: BTreeMap<&Rule, Counter> = BTreeMap::new();
+    let chains = ruleset.tables.get("nat").into_iter().flatten();
+    let own = chains.filter(|(chain, _)| UplinkName::of_chain(chain).as_ref() == Some(name));
+    for (rule, counted) in own.flat_map(|(_, chain)| chain.rules.iter().zip(&chain.counters)) {
+        let counter = counters.entry(rule).or_default();
+        *counter = counter.plus(*counted);
+    }
+    counters
+}
+
+/// Whether the forward, of an uplink with this address, has made this connection.
+fn made(forward: &Forward, address: Ipv4Addr, flow: &Flow) -> bool {
+    flow.original.destination == address
+        && flow.reply.source == forward.to
+        && forward.takes(flow.asked())
+}
+
+impl Report for Status {
+    fn text(&self, style: Style) -> String {
+        if self.uplinks.is_empty() && self.in_step {
+            return "no uplinks are configured, and nothing of ours stands\n".to_owned();
+        }
+        let mut text = self.uplinks_text(style) + &self.forwards_text(style);
+        for uplink in &self.uplinks {
+            let name = &uplink.name;
+            commands(
+                &mut text,
+                style,
+                &format!("{name}: surplus"),
+                &uplink.surplus,
+            );
+            commands(
+                &mut text,
+                style,
+                &format!("{name}: missing"),
+                &uplink.missing,
+            );
+        }
+        let orphans = self.orphans.as_deref().unwrap_or_default();
+        commands(&mut text, style, "of no configured uplink", orphans);
+        if !self.in_step {
+            text += "# or all at once: mh-hook sync\n";
+        }
+        text
+    }
+
+    fn is_well(&self) -> bool {
+        self.in_step
+    }
+}
+
+impl Status {
+    fn uplinks_text(&self, style: Style) -> String {
+        let titles = [
+            "uplink", "link", "address", "up for", "table", "mark", "marked", "state",
+        ];
+        let mut rows = vec![titles.map(|title| style.paint(Tone::Strong, title)).into()];
+        rows.extend(self.uplinks.iter().map(|uplink| {
+            let mark = uplink.mark.map(|value| FwMark {
+                value,
+                mask: self.mask,
+            });
+            vec![
+                uplink.name.clone(),
+                cell(uplink.interface.as_ref()),
+                cell(uplink.address),
+                uplink.up_for(style),
+                cell(uplink.table),
+                cell(mark),
+                cell(uplink.marked),
+                uplink.state(style),
+            ]
+        }));
+        if self.uplinks.is_empty() {
+            return String::new();
+        }
+        align(&rows)
+    }
+
+    fn forwards_text(&self, style: Style) -> String {
+        let titles = [
+            "uplink",
+            "forward",
+            "from",
+            "to",
+            "connections",
+            "bytes",
+            "open",
+            "open bytes",
+        ];
+        let mut rows = vec![titles.map(|title| style.paint(Tone::Strong, title)).into()];
+        for uplink in &self.uplinks {
+            rows.extend(uplink.forwards.iter().map(|forward| {
+                vec![
+                    uplink.name.clone(),
+                    forward.service.clone(),
+                    cell((!forward.from.is_empty()).then(|| forward.from.join(","))),
+                    forward.to.clone(),
+                    cell(forward.connections),
+                    cell(forward.bytes),
+                    cell(forward.open),
+                    cell(forward.open_bytes),
+                ]
+            }));
+        }
+        if rows.len() == 1 {
+            return String::new();
+        }
+        format!("\n{}", align(&rows))
+    }
+}
+
+impl UplinkStatus {
+    /// For how long the link is up, or why it is not.
+    fn up_for(&self, style: Style) -> String {
+        let why_not = match (self.link, self.up_seconds) {
+            (LinkState::Up, Some(seconds)) => return duration(seconds),
+            (LinkState::Up, None) => return cell::<u64>(None),
+            (LinkState::NoAddress, _) => "no address",
+            (LinkState::Down, _) => "down",
+            (LinkState::Missing, _) => "no such link",
+            (LinkState::Unknown, _) => "link not known",
+        };
+        style.paint(Tone::Doubtful, why_not)
+    }
+
+    fn state(&self, style: Style) -> String {
+        if self.in_step {
+            return style.paint(Tone::Good, "in step");
+        }
+        let (missing, surplus) = (self.missing.len(), self.surplus.len());
+        let text = format!("drifted: {missing} missing, {surplus} surplus");
+        style.paint(Tone::Bad, &text)
+    }
+}
+
+fn cell<T: ToString>(value: Option<T>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+/// Commands below a heading that a shell takes for a comment, so that all can be pasted at once.
+fn commands(text: &mut String, style: Style, heading: &str, commands: &[String]) {
+    if commands.is_empty() {
+        return;
+    }
+    let heading = style.paint(Tone::Bad, &format!("# {heading}"));
+    *text += &format!("\n{heading}\n");
+    for command in commands {
+        *text += &format!("{command}\n");
+    }
+}
+
+/// `3 d 4 h`, `4 h 5 min`, `12 min`, `45 s`
+fn duration(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86400);
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{minutes} min"),
+        3600..86400 => format!("{hours} h {} min", minutes % 60),
+        86400.. => format!("{days} d {} h", hours % 24),
+    }
+}

@@ -1,0 +1,351 @@
+//! Asks the kernel by netlink(7), without a process: dumps of any kind, interfaces, addresses, and whether nf_tables has
+//! tables of iptables.
+
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::libc::{
+    self, IFA_CACHEINFO, IFA_LOCAL, RTM_GETADDR, RTM_GETLINK, RTM_NEWADDR, RTM_NEWLINK,
+};
+use nix::setsockopt_impl;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
+    sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use nix::time::{ClockId, clock_gettime};
+
+// linux/netlink.h
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_DUMP: u16 = 0x300;
+/// The entries changed while they were told.
+const NLM_F_DUMP_INTR: u16 = 0x10;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+/// The bytes of a `nlmsghdr`: length, type, flags, sequence number, port.
+const HEADER: usize = 16;
+/// The others say how the value is laid out.
+const NLA_TYPE_MASK: u16 = 0x3fff;
+
+// linux/if.h, if_link.h
+const IFF_UP: u32 = 1;
+/// The bytes of an `ifinfomsg`: family, type, index, flags, change.
+const INTERFACE: usize = 16;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_INET_CONF: u16 = 1;
+
+// linux/ip.h
+/// The place of `src_valid_mark` among an interface's parameters, from 0 (`IPV4_DEVCONF_SRC_VMARK`).
+const SRC_VMARK: usize = 23;
+
+// linux/if_addr.h
+/// The bytes of an `ifaddrmsg`: family, prefix length, flags, scope, the link's index.
+const ADDRESS: usize = 8;
+
+// linux/netfilter/nfnetlink.h, nf_tables.h: the subsystem in the upper byte
+const NFT_NEWTABLE: u16 = 10 << 8;
+const NFT_GETTABLE: u16 = 10 << 8 | 1;
+/// The bytes of an `nfgenmsg`: family, version, resource.
+const NFGENMSG: usize = 4;
+const NFTA_TABLE_NAME: u16 = 1;
+
+/// Whether the kernel heeds all that a question says, and tells no more than is asked (netlink(7)).
+#[derive(Clone, Copy, Debug)]
+struct StrictCheck;
+
+setsockopt_impl!(
+    StrictCheck,
+    libc::SOL_NETLINK,
+    libc::NETLINK_GET_STRICT_CHK,
+    bool,
+    sockopt::SetBool
+);
+
+/// More than one message of a dump takes (`NLMSG_GOODSIZE`, linux/netlink.h).
+const BUFFER: usize = 32 << 10;
+
+/// The most that the kernel may let us wait, in seconds: it answers while it is asked.
+const PATIENCE: i64 = 5;
+
+/// How often entries that change while they are told are asked for again.
+const TRIES: usize = 20;
+
+/// An interface.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its number.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Whether it is up (`IFF_UP`, linux/if.h).
+    pub up: bool,
+    /// Its MTU, in bytes.
+    pub mtu: Option<u32>,
+    /// Its own `src_valid_mark` (Documentation/networking/ip-sysctl.rst).
+    pub src_valid_mark: bool,
+}
+
+/// An IPv4 address of an interface.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Address {
+    /// The interface's number. The label, which getifaddrs(3) gives for its name, can be that of another.
+    pub index: u32,
+    /// The address.
+    pub address: Ipv4Addr,
+    /// How long ago it was added.
+    pub age: Duration,
+}
+
+/// All interfaces.
+///
+/// # Errors
+/// The kernel can't be asked, or refuses.
+pub fn interfaces() -> Result<Vec<Interface>> {
+    let protocol = SockProtocol::NetlinkRoute;
+    let interfaces = dump(protocol, [RTM_GETLINK, RTM_NEWLINK], &mut [0; INTERFACE])
+        .context("ask for the interfaces (netlink)")?;
+    Ok(interfaces
+        .iter()
+        .filter_map(|body| interface(body))
+        .collect())
+}
+
+/// All IPv4 addresses, in the kernel's order.
+///
+/// # Errors
+/// The kernel can't be asked, or refuses.
+pub fn addresses() -> Result<Vec<Address>> {
+    let protocol = SockProtocol::NetlinkRoute;
+    let addresses = dump(protocol, [RTM_GETADDR, RTM_NEWADDR], &mut [0; ADDRESS])
+        .context("ask for the addresses (netlink)")?;
+    // What the kernel stamps is its ticks, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
+    let addresses = addresses.iter();
+    Ok(addresses.filter_map(|body| address(body, now)).collect())
+}
+
+/// Whether iptables-nft may have rules: whether nf_tables has one of the tables that it makes.
+///
+/// # Errors
+/// The kernel can't be asked, or refuses.
+pub fn nft_tables() -> Result<bool> {
+    let protocol = SockProtocol::NetlinkNetFilter;
+    let tables = dump(protocol, [NFT_GETTABLE, NFT_NEWTABLE], &mut [0; NFGENMSG])
+        .context("ask for the tables of nf_tables (netlink)")?;
+    Ok(tables.iter().any(|body| {
+        let name = attributes(body, NFGENMSG).find(|(kind, _)| *kind == NFTA_TABLE_NAME);
+        let name = name.map(|(_, name)| text(name)).unwrap_or_default();
+        ["mangle", "nat", "filter"].contains(&name.as_str())
+    }))
+}
+
+/// Asks for all entries of a kind, of IPv4, and gives each message's body: what is fixed of its kind, and attributes.
+/// `fixed` is that part of the question; it begins with the family.
+///
+/// # Errors
+/// The kernel can't be asked, or refuses, or the entries keep changing.
+pub fn dump(
+    protocol: SockProtocol,
+    [question, answer]: [u16; 2],
+    fixed: &mut [u8],
+) -> Result<Vec<Vec<u8>>> {
+    fixed[0] = AddressFamily::Inet as u8;
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+    let patience = TimeVal::seconds(PATIENCE);
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+    // Before Linux 4.20 there is no such thing, and others' entries come along.
+    let _ = setsockopt(&socket, StrictCheck, &true);
+    let mut buffer = vec![0; BUFFER];
+    for _ in 0..TRIES {
+        send(
+            socket.as_raw_fd(),
+            &message(question, fixed),
+            MsgFlags::empty(),
+        )?;
+        if let Some(bodies) = receive(&socket, answer, &mut buffer)? {
+            return Ok(bodies);
+        }
+    }
+    bail!("they keep changing")
+}
+
+/// The bodies of a dump; none of one that is not whole, since the entries changed meanwhile.
+fn receive(socket: &OwnedFd, answer: u16, buffer: &mut [u8]) -> Result<Option<Vec<Vec<u8>>>> {
+    let mut bodies = Vec::new();
+    let mut is_whole = true;
+    loop {
+        let length = recv(socket.as_raw_fd(), buffer, MsgFlags::empty())?;
+        let mut messages = buffer.get(..length).unwrap_or_default();
+        while let Some(Message { kind, flags, body }) = next_message(&mut messages) {
+            is_whole &= flags & NLM_F_DUMP_INTR == 0;
+            match kind {
+                NLMSG_DONE | NLMSG_ERROR => {
+                    // An error's number, below 0; none is 0.
+                    let number = u32_at(body, 0).unwrap_or_default().cast_signed();
+                    ensure!(number >= 0, "{}", Errno::from_raw(-number));
+                    return Ok(Some(bodies).filter(|_| is_whole));
+                }
+                kind if kind == answer => bodies.push(body.to_vec()),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The question for all entries of a kind.
+fn message(kind: u16, fixed: &[u8]) -> Vec<u8> {
+    let mut message = Vec::new();
+    let length = u32::try_from(HEADER + fixed.len()).expect("it is short");
+    message.extend(length.to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
+    message.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    message.extend([0; 8]);
+    message.extend(fixed);
+    message
+}
+
+/// The attributes behind what is fixed of a body: their types and values.
+pub fn attributes(body: &[u8], fixed: usize) -> impl Iterator<Item = (u16, &[u8])> {
+    let mut rest = body.get(fixed..).unwrap_or_default();
+    std::iter::from_fn(move || {
+        let (length, kind) = (usize::from(u16_at(rest, 0)?), u16_at(rest, 2)?);
+        let value = rest.get(4..length)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind & NLA_TYPE_MASK, value))
+    })
+}
+
+/// The attribute of this type among those that an attribute holds.
+fn nested(value: &[u8], wanted: u16) -> Option<&[u8]> {
+    let mut inner = attributes(value, 0);
+    inner.find_map(|(kind, value)| (kind == wanted).then_some(value))
+}
+
+/// A message of the kernel's.
+struct Message<'a> {
+    kind: u16,
+    flags: u16,
+    body: &'a [u8],
+}
+
+fn next_message<'a>(rest: &mut &'a [u8]) -> Option<Message<'a>> {
+    let length = usize::try_from(u32_at(rest, 0)?).ok()?;
+    let message = Message {
+        kind: u16_at(rest, 4)?,
+        flags: u16_at(rest, 6)?,
+        body: rest.get(HEADER..length)?,
+    };
+    *rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    Some(message)
+}
+
+fn interface(body: &[u8]) -> Option<Interface> {
+    let mut interface = Interface {
+        index: u32_at(body, 4)?,
+        name: String::new(),
+        up: u32_at(body, 8)? & IFF_UP != 0,
+        mtu: None,
+        src_valid_mark: false,
+    };
+    for (kind, value) in attributes(body, INTERFACE) {
+        match kind {
+            IFLA_IFNAME => interface.name = text(value),
+            IFLA_MTU => interface.mtu = u32_at(value, 0),
+            IFLA_AF_SPEC => {
+                let family = AddressFamily::Inet as u16;
+                let parameters =
+                    nested(value, family).and_then(|inet| nested(inet, IFLA_INET_CONF));
+                let value = parameters.and_then(|values| u32_at(values, SRC_VMARK * 4));
+                interface.src_valid_mark = value.is_some_and(|value| value != 0);
+            }
+            _ => {}
+        }
+    }
+    Some(interface).filter(|interface| !interface.name.is_empty())
+}
+
+fn address(body: &[u8], now: Duration) -> Option<Address> {
+    let attribute = |wanted| attributes(body, ADDRESS).find(|(kind, _)| *kind == wanted);
+    let (_, local) = attribute(IFA_LOCAL)?;
+    // Preferred and valid for how long, added and changed when: in hundredths of a second since the start.
+    let (_, times) = attribute(IFA_CACHEINFO)?;
+    Some(Address {
+        index: u32_at(body, 4)?,
+        address: ipv4(local)?,
+        age: age(now, u32_at(times, 8)?),
+    })
+}
+
+/// An address as an attribute has it.
+pub fn ipv4(value: &[u8]) -> Option<Ipv4Addr> {
+    <[u8; 4]>::try_from(value).ok().map(Ipv4Addr::from)
+}
+
+/// A name as an attribute has it. That of an interface can hold any byte.
+pub fn text(value: &[u8]) -> String {
+    let name = value.strip_suffix(b"\0").unwrap_or(value);
+    String::from_utf8_lossy(name).into_owned()
+}
+
+/// The stamp has 32 bits, and starts anew after 497 days.
+fn age(now: Duration, stamp: u32) -> Duration {
+    let now = now.as_millis() / 10 % (1 << 32);
+    let now = u32::try_from(now).expect("it has 32 bits");
+    let passed = now.wrapping_sub(stamp);
+    // A tick may count as the one that follows.
+    let passed = if passed > u32::MAX - 100 { 0 } else { passed };
+    Duration::from_millis(u64::from(passed) * 10)
+}
+
+/// The number at this place.
+pub fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+    let bytes = bytes.get(offset..offset + 2)?;
+    bytes.try_into().ok().map(u16::from_ne_bytes)
+}
+
+/// The number at this place.
+pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    let bytes = bytes.get(offset..offset + 4)?;
+    bytes.try_into().ok().map(u32::from_ne_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_the_age_of_its_stamp_even_where_that_started_anew() {
+        let hundredths = |n: u64| Duration::from_millis(n * 10);
+        assert_eq!(age(hundredths(5000), 2000), hundredths(3000));
+        assert_eq!(
+            age(hundredths((1 << 32) + 700), u32::MAX - 299),
+            hundredths(1000)
+        );
+        assert_eq!(age(hundredths(5000), 5001), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_message_cut_short_is_none() {
+        let question = message(RTM_GETADDR, &[0; ADDRESS]);
+        assert!(next_message(&mut &question[..20]).is_none());
+        let mut rest: &[u8] = &question;
+        let first = next_message(&mut rest).expect("one message");
+        assert_eq!(
+            (first.kind, first.body.len(), rest.len()),
+            (RTM_GETADDR, ADDRESS, 0)
+        );
+        // An attribute that is longer than the message.
+        assert_eq!(
+            address(&[0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 2, 0, 1], Duration::ZERO),
+            None
+        );
+        // An attribute without a length must end the walk.
+        assert_eq!(address(&[0; 16], Duration::ZERO), None);
+    }
+}

@@ -1,0 +1,287 @@
+//! The one reader of the kernel's routing: everybody's rules and routes, as netlink tells them (rtnetlink(7)).
+//! Asking `ip` would cost a process, and what it prints has another form in another version.
+
+use std::fmt;
+
+use anyhow::{Context, Result};
+use ipnetwork::Ipv4Network;
+use nix::libc::{
+    RTA_DST, RTA_GATEWAY, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTM_GETROUTE, RTM_GETRULE,
+    RTM_NEWROUTE, RTM_NEWRULE,
+};
+use nix::net::if_::if_indextoname;
+use nix::sys::socket::SockProtocol;
+
+use crate::kernel::netlink::{attributes, dump, ipv4, text, u16_at, u32_at};
+use crate::model::route::{
+    FwMark, NOT, PROTOCOL, Route, RouteKind, RouteRule, RuleAction, TableId,
+};
+
+// linux/rtnetlink.h
+/// The bytes of an `rtmsg`: family, lengths of destination and source, TOS, table, protocol, scope, type, flags.
+const ROUTE: usize = 12;
+const RTNH_F_ONLINK: u32 = 4;
+
+// linux/fib_rules.h
+/// The bytes of a `fib_rule_hdr`: family, lengths of destination and source, TOS, table, two of no use, action, flags.
+const RULE: usize = 12;
+const FIB_RULE_INVERT: u32 = 2;
+const FR_ACT_TO_TBL: u8 = 1;
+const FR_ACT_BLACKHOLE: u8 = 6;
+const FR_ACT_UNREACHABLE: u8 = 7;
+const FR_ACT_PROHIBIT: u8 = 8;
+const FRA_DST: u16 = 1;
+const FRA_SRC: u16 = 2;
+const FRA_IIFNAME: u16 = 3;
+const FRA_PRIORITY: u16 = 6;
+const FRA_FWMARK: u16 = 10;
+const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
+const FRA_TABLE: u16 = 15;
+const FRA_FWMASK: u16 = 16;
+const FRA_OIFNAME: u16 = 17;
+const FRA_UID_RANGE: u16 = 20;
+const FRA_PROTOCOL: u16 = 21;
+const FRA_IP_PROTO: u16 = 22;
+const FRA_SPORT_RANGE: u16 = 23;
+const FRA_DPORT_RANGE: u16 = 24;
+
+/// Whose routes are asked for. Of everybody's there may be a million.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// Ours: those of our protocol number.
+    Ours,
+    /// Everybody's.
+    Everybodys,
+}
+
+/// Rules and routes, in the kernel's order.
+#[derive(Clone, Debug, Default)]
+pub struct RoutingDump {
+    /// The rules, everybody's.
+    pub rules: Vec<RouteRule>,
+    /// The routes of all tables.
+    pub routes: Vec<Route>,
+}
+
+impl RoutingDump {
+    /// Asks the kernel.
+    ///
+    /// # Errors
+    /// The kernel can't be asked, or refuses, or says what can't be read.
+    pub fn read(whose: Whose) -> Result<Self> {
+        Ok(Self {
+            rules: rules()?,
+            routes: routes(whose)?,
+        })
+    }
+}
+
+fn rules() -> Result<Vec<RouteRule>> {
+    let protocol = SockProtocol::NetlinkRoute;
+    let all = dump(protocol, [RTM_GETRULE, RTM_NEWRULE], &mut [0; RULE]).context(
+        "ask for the routing rules (netlink), for which the kernel needs CONFIG_IP_MULTIPLE_TABLES",
+    )?;
+    all.iter()
+        .map(|body| rule(body).with_context(|| format!("read a routing rule: {body:02x?}")))
+        .collect()
+}
+
+fn routes(whose: Whose) -> Result<Vec<Route>> {
+    let protocol = SockProtocol::NetlinkRoute;
+    let mut question = [0; ROUTE];
+    if whose == Whose::Ours {
+        question[5] = PROTOCOL;
+    }
+    let all = dump(protocol, [RTM_GETROUTE, RTM_NEWROUTE], &mut question)
+        .context("ask for the routes (netlink)")?;
+    // Before Linux 4.20 the kernel tells all of them whatever is asked.
+    let asked = |body: &&Vec<u8>| whose == Whose::Everybodys || body.get(5) == Some(&PROTOCOL);
+    all.iter()
+        .filter(asked)
+        .map(|body| route(body).with_context(|| format!("read a route: {body:02x?}")))
+        .collect()
+}
+
+fn rule(body: &[u8]) -> Option<RouteRule> {
+    let (to, from, tos) = (*body.get(1)?, *body.get(2)?, *body.get(3)?);
+    let (table, action, flags) = (*body.get(4)?, *body.get(7)?, u32_at(body, 8)?);
+    let mut table = TableId(table.into());
+    let mut rule = RouteRule {
+        protocol: 0,
+        ..RouteRule::new(0, table)
+    };
+    let mut mark = FwMark { value: 0, mask: 0 };
+    let mut rest = Rest::default();
+    rest.tos(tos);
+    for (kind, value) in attributes(body, RULE) {
+        match kind {
+            FRA_PROTOCOL => rule.protocol = *value.first()?,
+            FRA_PRIORITY => rule.priority = u32_at(value, 0)?,
+            FRA_SRC => rule.from = Some(prefix(value, from)?),
+            FRA_DST => rule.to = Some(prefix(value, to)?),
+            FRA_IIFNAME => rule.iif = Some(text(value)),
+            FRA_FWMARK => mark.value = u32_at(value, 0)?,
+            FRA_FWMASK => mark.mask = u32_at(value, 0)?,
+            FRA_TABLE => table = TableId(u32_at(value, 0)?),
+            FRA_SUPPRESS_PREFIXLEN => {
+                // The largest number for none.
+                rule.suppress_prefixlength = Some(u32_at(value, 0)?).filter(|n| *n != u32::MAX);
+            }
+            FRA_OIFNAME => rest.named("oif", text(value)),
+            FRA_UID_RANGE => rest.range("uidrange", u32_at(value, 0)?, u32_at(value, 4)?),
+            FRA_IP_PROTO => rest.named("ipproto", value.first()?.to_string()),
+            FRA_SPORT_RANGE => rest.range("sport", u16_at(value, 0)?, u16_at(value, 2)?),
+            FRA_DPORT_RANGE => rest.range("dport", u16_at(value, 0)?, u16_at(value, 2)?),
+            kind => rest.unnamed(&kind.to_string(), value),
+        }
+    }
+    if flags & FIB_RULE_INVERT != 0 {
+        // A word without a value: the last.
+        rest.0.push(NOT.into());
+    }
+    rule.action = match action {
+        FR_ACT_TO_TBL => RuleAction::Lookup(table),
+        FR_ACT_BLACKHOLE => RuleAction::Blackhole,
+        FR_ACT_UNREACHABLE => RuleAction::Unreachable,
+        FR_ACT_PROHIBIT => RuleAction::Prohibit,
+        other => RuleAction::Other(other),
+    };
+    rule.fwmark = Some(mark).filter(|mark| mark.mask != 0);
+    rule.rest = rest.0;
+    Some(rule)
+}
+
+fn route(body: &[u8]) -> Option<Route> {
+    let (length, tos) = (*body.get(1)?, *body.get(3)?);
+    let (table, protocol, kind) = (*body.get(4)?, *body.get(5)?, RouteKind(*body.get(7)?));
+    let flags = u32_at(body, 8)?;
+    let mut rest = Rest::default();
+    rest.tos(tos);
+    if kind.name().is_none() {
+        rest.unnamed("type", &[kind.0]);
+    }
+    let mut route = Route {
+        table: TableId(table.into()),
+        metric: 0,
+        kind,
+        destination: Ipv4Network::new(0.into(), 0).ok()?,
+        gateway: None,
+        dev: None,
+        protocol,
+        rest: Vec::new(),
+    };
+    for (kind, value) in attributes(body, ROUTE) {
+        match kind {
+            RTA_TABLE => route.table = TableId(u32_at(value, 0)?),
+            RTA_PRIORITY => route.metric = u32_at(value, 0)?,
+            RTA_DST => route.destination = prefix(value, length)?,
+            // Where the interface has gone meanwhile, the route has gone, too.
+            RTA_OIF => {
+                let name = if_indextoname(u32_at(value, 0)?).ok();
+                route.dev = name.map(|name| text(name.as_bytes()));
+            }
+            RTA_GATEWAY => route.gateway = Some(ipv4(value)?),
+            RTA_PREFSRC => rest.named("src", ipv4(value)?.to_string()),
+            kind => rest.unnamed(&kind.to_string(), value),
+        }
+    }
+    if flags & RTNH_F_ONLINK != 0 {
+        // A word without a value: the last.
+        rest.0.push("onlink".into());
+    }
+    route.rest = rest.0;
+    Some(route)
+}
+
+fn prefix(value: &[u8], length: u8) -> Option<Ipv4Network> {
+    Ipv4Network::new(ipv4(value)?, length).ok()
+}
+
+/// What we never write, as words of `ip`, each with its value.
+#[derive(Default)]
+struct Rest(Vec<String>);
+
+impl Rest {
+    fn named(&mut self, word: &str, value: String) {
+        self.0.extend([word.to_owned(), value]);
+    }
+
+    fn range<T: fmt::Display>(&mut self, word: &str, first: T, last: T) {
+        self.named(word, format!("{first}-{last}"));
+    }
+
+    fn tos(&mut self, tos: u8) {
+        if tos != 0 {
+            self.named("tos", format!("{tos:#x}"));
+        }
+    }
+
+    /// What `ip` has other words for, or none. It makes the entry differ from all that are desired; a
+    /// command leaves it out, since no word of a command holds a `#`.
+    fn unnamed(&mut self, what: &str, value: &[u8]) {
+        self.named(&format!("#{what}"), format!("{value:02x?}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What is fixed of a message, and attributes of these types and values.
+    fn body(fixed: [u8; 12], attributes: &[(u16, Vec<u8>)]) -> Vec<u8> {
+        let mut body = fixed.to_vec();
+        for (kind, value) in attributes {
+            let length = u16::try_from(4 + value.len()).expect("it is short");
+            body.extend(length.to_ne_bytes());
+            body.extend(kind.to_ne_bytes());
+            body.extend(value);
+            body.resize(body.len().next_multiple_of(4), 0);
+        }
+        body
+    }
+
+    #[test]
+    fn what_we_never_write_makes_a_rule_another() {
+        // Of all sources, to a table, as `ip rule add priority 7 lookup 10 protocol 109` has it told.
+        let usual = [
+            (FRA_PRIORITY, 7_u32.to_ne_bytes().to_vec()),
+            (FRA_TABLE, 10_u32.to_ne_bytes().to_vec()),
+            (FRA_SUPPRESS_PREFIXLEN, u32::MAX.to_ne_bytes().to_vec()),
+            (FRA_PROTOCOL, vec![PROTOCOL]),
+        ];
+        let fixed = [2, 0, 0, 0, 10, 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0];
+        let plain = rule(&body(fixed, &usual)).expect("a rule");
+        assert_eq!(plain, RouteRule::new(7, TableId(10)));
+        for kind in 25..100 {
+            let mut more = usual.to_vec();
+            more.push((kind, vec![1]));
+            let odd = rule(&body(fixed, &more)).expect("a rule");
+            assert!(odd != plain, "{kind}");
+            assert_eq!(odd.to_string(), plain.to_string(), "{kind}");
+        }
+        let mut prohibiting = fixed;
+        prohibiting[7] = FR_ACT_PROHIBIT;
+        let prohibiting = rule(&body(prohibiting, &usual)).expect("a rule");
+        assert_eq!(
+            prohibiting.to_string(),
+            "priority 7 from all prohibit proto 109"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_not(
+            fixed: [u8; 12],
+            attributes in vec((0..40_u16, vec(any::<u8>(), 0..12)), 0..8),
+            cut in 0..120_usize,
+        ) {
+            let mut body = body(fixed, &attributes);
+            body.truncate(cut);
+            let _ = rule(&body).map(|rule| rule.to_string());
+            let _ = route(&body).map(|route| route.to_string());
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! Port forwards, and the one question whether a forward takes a packet.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::Ipv4Addr;
+
+use ipnetwork::Ipv4Network;
+
+/// A protocol above IP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Protocol {
+    Icmp,
+    Tcp,
+    Udp,
+    /// Generic routing encapsulation, as PPTP has it.
+    Gre,
+    /// IPsec's encapsulation.
+    Esp,
+    Sctp,
+}
+
+impl Protocol {
+    const ALL: [Self; 6] = [
+        Self::Icmp,
+        Self::Tcp,
+        Self::Udp,
+        Self::Gre,
+        Self::Esp,
+        Self::Sctp,
+    ];
+
+    /// The protocol of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|protocol| protocol.name() == name)
+    }
+
+    /// The protocol that a rule of iptables names, or numbers.
+    pub fn parse_rule(text: &str) -> Option<Self> {
+        let number = text.parse();
+        let mut all = Self::ALL.into_iter();
+        Self::parse(text).or_else(|| all.find(|protocol| number == Ok(protocol.number())))
+    }
+
+    /// Its name, as /etc/protocols has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Icmp => "icmp",
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Gre => "gre",
+            Self::Esp => "esp",
+            Self::Sctp => "sctp",
+        }
+    }
+
+    /// Its number in IP (IANA, Assigned Internet Protocol Numbers).
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Icmp => 1,
+            Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Gre => 47,
+            Self::Esp => 50,
+            Self::Sctp => 132,
+        }
+    }
+
+    /// Whether forwards of it can name ports.
+    pub fn has_ports(self) -> bool {
+        matches!(self, Self::Tcp | Self::Udp | Self::Sctp)
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One port, or several in a row. Its `Display` is `80`, or `8000-8010`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortRange {
+    /// The first port.
+    pub first: u16,
+    /// The last port, which may be the first.
+    pub last: u16,
+}
+
+impl PortRange {
+    /// One port alone.
+    pub fn one(port: u16) -> Self {
+        Self {
+            first: port,
+            last: port,
+        }
+    }
+
+    /// Whether it is one port alone.
+    pub fn is_one(self) -> bool {
+        self.first == self.last
+    }
+
+    /// Whether a port is one of these.
+    pub fn contains(self, port: u16) -> bool {
+        (self.first..=self.last).contains(&port)
+    }
+
+    /// Whether two ranges have a port in common.
+    pub fn overlaps(self, other: Self) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
+    /// `8000:8010`, as iptables has it.
+    pub fn by_colon(self) -> String {
+        self.text(':')
+    }
+
+    fn text(self, separator: char) -> String {
+        match self {
+            Self { first, last } if first == last => first.to_string(),
+            Self { first, last } => format!("{first}{separator}{last}"),
+        }
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text('-'))
+    }
+}
+
+/// A port forward.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// The protocols, in the order of the file; none for any.
+    pub protocols: Cow<'static, [Protocol]>,
+    /// The ports at the uplink's address; none for all, or where the protocol has none.
+    pub ports: Option<PortRange>,
+    /// The LAN host.
+    pub to: Ipv4Addr,
+    /// The port there, where it is another.
+    pub to_port: Option<u16>,
+    /// The sources that may use it; none given means all.
+    pub from: Vec<Ipv4Network>,
+}
+
+/// What of a connection's first packet decides whether a forward takes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// Who asks; none where that is not to count.
+    pub source: Option<Ipv4Addr>,
+    /// The protocol's number.
+    pub protocol: u8,
+    /// The destination port; none where the protocol has none.
+    pub port: Option<u16>,
+}
+
+impl Forward {
+    /// Whether it takes a packet that no forward above it has taken.
+    pub fn takes(&self, asked: Asked) -> bool {
+        let Asked {
+            source,
+            protocol,
+            port,
+        } = asked;
+        let mut numbers = self.protocols.iter().map(|protocol| protocol.number());
+        let takes_protocol = self.protocols.is_empty() || numbers.any(|number| number == protocol);
+        let takes_port = self
+            .ports
+            .is_none_or(|ports| port.is_some_and(|port| ports.contains(port)));
+        let takes_source = self.from.is_empty()
+            || source.is_none_or(|source| self.from.iter().any(|from| from.contains(source)));
+        takes_protocol && takes_port && takes_source
+    }
+
+    /// The host and the port there to which it sends a packet for this port.
+    pub fn target(&self, port: Option<u16>) -> (Ipv4Addr, Option<u16>) {
+        (self.to, self.to_port.or(port))
+    }
+}
+
+/// The protocols and ports: `tcp/80`, `tcp+udp/53`, `udp/27015-27030`, `esp`, `any`.
+impl fmt::Display for Forward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<&str> = self.protocols.iter().map(|it| it.name()).collect();
+        f.write_str(&match &names[..] {
+            [] => "any".into(),
+            names => names.join("+"),
+        })?;
+        match self.ports {
+            Some(ports) => write!(f, "/{ports}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The forwards that overlap one above them, by index, each with the first such. Of thousands only those are
+/// compared that have a port in common.
+pub fn overlapping(forwards: &[Forward]) -> BTreeMap<usize, usize> {
+    let mut ported = Vec::with_capacity(forwards.len());
+    let mut open = Vec::new();
+    for (index, forward) in forwards.iter().enumerate() {
+        match forward.ports {
+            Some(ports) => ported.push((ports.first, ports.last, index)),
+            None => open.push(index),
+        }
+    }
+    ported.sort_unstable();
+    let common = ported
+        .iter()
+        .enumerate()
+        .flat_map(|(place, (_, last, one))| {
+            let behind = ported[place + 1..].iter();
+            let common = behind.take_while(move |(first, ..)| first <= last);
+            common.map(move |(_, _, other)| (*one, *other))
+        });
+    let with_ported = open
+        .iter()
+        .flat_map(|one| ported.iter().map(move |(_, _, other)| (*one, *other)));
+    let with_open = open
+        .iter()
+        .enumerate()
+        .flat_map(|(place, one)| open[..place].iter().map(move |other| (*one, *other)));
+    let mut first = BTreeMap::new();
+    for (one, other) in common.chain(with_ported).chain(with_open) {
+        let (earlier, later) = (one.min(other), one.max(other));
+        if overlap(&forwards[earlier], &forwards[later]) {
+            let known = first.entry(later).or_insert(earlier);
+            *known = earlier.min(*known);
+        }
+    }
+    first
+}
+
+/// Whether some packet fits both and the order has not been said: what leaves `from`, `port` or the
+/// protocol open is the general, and what names it may stand ahead of that.
+fn overlap(earlier: &Forward, later: &Forward) -> bool {
+    let open = |forward: &Forward| {
+        [
+            forward.protocols.is_empty(),
+            forward.ports.is_none(),
+            forward.from.is_empty(),
+        ]
+    };
+    let (opener, closer) = (open(later), open(earlier));
+    let narrows = opener
+        .iter()
+        .zip(closer)
+        .any(|(later, earlier)| *later && !earlier);
+    let widens = opener
+        .iter()
+        .zip(closer)
+        .any(|(later, earlier)| !*later && earlier);
+    let protocols = earlier.protocols.is_empty()
+        || later.protocols.is_empty()
+        || earlier
+            .protocols
+            .iter()
+            .any(|protocol| later.protocols.contains(protocol));
+    let ports = match (earlier.ports, later.ports) {
+        (Some(one), Some(two)) => one.overlaps(two),
+        _ => true,
+    };
+    let sources = earlier.from.is_empty()
+        || later.from.is_empty()
+        || earlier
+            .from
+            .iter()
+            .any(|one| later.from.iter().any(|two| one.overlaps(*two)));
+    let ordered = narrows && !widens;
+    protocols && ports && sources && !ordered
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn forward() -> impl Strategy<Value = Forward> {
+        let ports = (1..30u16, 0..6u16).prop_map(|(first, more)| PortRange {
+            first,
+            last: first + more,
+        });
+        let protocols = prop_oneof![
+            Just(vec![Protocol::Tcp]),
+            Just(vec![Protocol::Udp, Protocol::Tcp]),
+            Just(vec![Protocol::Udp]),
+            Just(vec![]),
+        ];
+        let from = vec(
+            (1..4u8).prop_map(|host| Ipv4Addr::new(192, 0, 2, host).into()),
+            0..2,
+        );
+        let parts = (protocols, proptest::option::weighted(0.8, ports), from);
+        parts.prop_map(|(protocols, ports, from)| Forward {
+            protocols: protocols.into(),
+            ports,
+            to: Ipv4Addr::new(192, 168, 0, 2),
+            to_port: None,
+            from,
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn each_overlap_is_found_with_the_first_above_it(forwards in vec(forward(), 0..30)) {
+            let first = |later: usize| {
+                (0..later).find(|earlier| overlap(&forwards[*earlier], &forwards[later]))
+            };
+            let pairs = (0..forwards.len()).filter_map(|later| first(later).map(|it| (later, it)));
+            prop_assert_eq!(overlapping(&forwards), pairs.collect());
+        }
+    }
+}

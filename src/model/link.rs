@@ -1,0 +1,53 @@
+//! The links of uplinks.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use anyhow::{Result, bail};
+use ipnetwork::Ipv4Network;
+
+use crate::model::names::{IfName, UplinkName};
+
+/// An uplink's link that has an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UplinkLink {
+    /// The interface.
+    pub interface: IfName,
+    /// The address that entries are for.
+    pub address: Ipv4Addr,
+    /// All its addresses.
+    pub addresses: Vec<Ipv4Addr>,
+    /// Whether it carries traffic, so that a route can leave by it.
+    pub state: LinkState,
+    /// Its MTU in bytes, where the kernel tells.
+    pub mtu: Option<u32>,
+}
+
+/// Whether a link carries traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkState {
+    /// It does.
+    Up,
+    /// It is about to: pppd waits for its hooks.
+    AboutToBeUp,
+}
+
+/// The uplinks in question, each with its link; none where the uplink should have no entries.
+pub type UplinkLinks = BTreeMap<UplinkName, Option<UplinkLink>>;
+
+/// Whether an address can be a link's own: not 0/8, 127/8, nor 224/3 (RFC 6890), nor within a LAN.
+///
+/// # Errors
+/// Says which of these it is.
+pub fn check_local(address: Ipv4Addr, lan: &[Ipv4Network]) -> Result<()> {
+    let first = address.octets()[0];
+    if first == 0 || first == 127 || first >= 224 {
+        bail!("{address} can't be a link's address: 0/8, 127/8 and 224/3 are not for links");
+    }
+    if let Some(network) = lan.iter().find(|network| network.contains(address)) {
+        bail!(
+            "{address} can't be an uplink's address: it lies in the LAN {network} of [lan] networks"
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! What the kernel holds for uplinks, installed and desired alike.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::model::names::{IfName, UplinkName};
+use crate::model::netfilter::{Rule, Rules, Table, UplinkTable};
+use crate::model::route::{Route, RouteRule};
+
+/// Our entries: those that are installed, or those that are desired.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// Routes.
+    pub routes: BTreeSet<Route>,
+    /// Rules of the routing policy.
+    pub rules: BTreeSet<RouteRule>,
+    /// What each uplink has in each table of iptables; none of them is empty.
+    pub tables: BTreeMap<(Table, UplinkName), UplinkTable>,
+    /// Interfaces whose `src_valid_mark` is 1 (Documentation/networking/ip-sysctl.rst).
+    pub src_valid_mark: BTreeSet<IfName>,
+}
+
+/// One entry of a state, or of anybody's.
+#[derive(Clone, Copy, Debug)]
+pub enum Entry<'a> {
+    /// A route.
+    Route(&'a Route),
+    /// A rule of the routing policy.
+    RouteRule(&'a RouteRule),
+    /// A chain of iptables that somebody made.
+    Chain(Table, &'a str),
+    /// A rule in a chain of iptables.
+    Rule(Table, &'a str, &'a Rule),
+    /// An interface's `src_valid_mark`.
+    SrcValidMark(&'a IfName),
+}
+
+impl State {
+    /// Puts all entries of another state in.
+    pub fn merge(&mut self, other: Self) {
+        let Self {
+            routes,
+            rules,
+            tables,
+            src_valid_mark,
+        } = other;
+        self.routes.extend(routes);
+        self.rules.extend(rules);
+        for (key, table) in tables {
+            let own = self.tables.entry(key).or_default();
+            own.chains.extend(table.chains);
+            own.entries.extend(table.entries);
+        }
+        self.src_valid_mark.extend(src_valid_mark);
+    }
+
+    /// Puts in what an uplink has in a table, unless that is nothing.
+    pub fn insert(&mut self, key: (Table, UplinkName), table: UplinkTable) {
+        if !table.is_empty() {
+            self.tables.insert(key, table);
+        }
+    }
+
+    /// The entries for which this holds. A chain stays or goes with all its rules.
+    pub fn filter(&self, keep: impl Fn(Entry) -> bool) -> Self {
+        let mut kept = self.split(|entry| keep(entry).then_some(()).into_iter().collect());
+        kept.remove(&()).unwrap_or_default()
+    }
+
+    /// The entries by the keys that they are given; one with several keys stands with each. A chain goes with all its rules.
+    pub fn split<K: Ord>(&self, keys: impl Fn(Entry) -> Vec<K>) -> BTreeMap<K, Self> {
+        let Self {
+            routes,
+            rules,
+            tables,
+            src_valid_mark,
+        } = self;
+        let mut parts: BTreeMap<K, Self> = BTreeMap::new();
+        for route in routes {
+            for key in keys(Entry::Route(route)) {
+                parts.entry(key).or_default().routes.insert(route.clone());
+            }
+        }
+        for rule in rules {
+            for key in keys(Entry::RouteRule(rule)) {
+                parts.entry(key).or_default().rules.insert(rule.clone());
+            }
+        }
+        for ((table, uplink), UplinkTable { chains, entries }) in tables {
+            let place = || (*table, uplink.clone());
+            for (chain, rules) in chains {
+                for key in keys(Entry::Chain(*table, chain)) {
+                    let own = parts.entry(key).or_default().tables.entry(place());
+                    let chains = &mut own.or_default().chains;
+                    chains.insert(chain.clone(), Rules::clone(rules));
+                }
+            }
+            for (chain, rule) in entries {
+                for key in keys(Entry::Rule(*table, chain, rule)) {
+                    let own = parts.entry(key).or_default().tables.entry(place());
+                    let entries = &mut own.or_default().entries;
+                    entries.push((chain.clone(), rule.clone()));
+                }
+            }
+        }
+        for interface in src_valid_mark {
+            for key in keys(Entry::SrcValidMark(interface)) {
+                let own = &mut parts.entry(key).or_default().src_valid_mark;
+                own.insert(interface.clone());
+            }
+        }
+        parts
+    }
+
+    /// Whether an entry is one of these. Of a chain, whether there is one of that name.
+    pub fn contains(&self, entry: Entry) -> bool {
+        let mut tables = self.tables.iter();
+        match entry {
+            Entry::Route(route) => self.routes.contains(route),
+            Entry::RouteRule(rule) => self.rules.contains(rule),
+            Entry::Chain(table, chain) => {
+                tables.any(|((of, _), own)| *of == table && own.chains.contains_key(chain))
+            }
+            Entry::Rule(table, chain, rule) => tables.any(|((of, _), own)| {
+                let mut entries = own.entries.iter();
+                *of == table && entries.any(|(other, its)| other == chain && its == rule)
+            }),
+            Entry::SrcValidMark(interface) => self.src_valid_mark.contains(interface),
+        }
+    }
+
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}

@@ -1,0 +1,247 @@
+//! Runs the steps of a plan: as few processes as can be, and the truth about each step.
+
+use std::fmt::Write;
+
+use anyhow::{Error, Result, anyhow};
+use log::{Level, info, log};
+
+use crate::kernel::ip;
+use crate::kernel::process::{Output, Process};
+use crate::kernel::sysctl;
+use crate::kernel::tools::{OnError, Tools};
+use crate::reconcile::command::value;
+use crate::reconcile::diff::{Change, Edit, Step, entry_flag};
+
+/// What came of a plan.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Entries that came in.
+    pub added: usize,
+    /// Entries that went.
+    pub removed: usize,
+    /// What failed.
+    pub errors: Vec<Error>,
+}
+
+/// How many changes are told one by one, and the others in their number: a journal drops what comes after
+/// 10,000 messages in 30 seconds (`RateLimitBurst=`, journald.conf(5)), and the last is the summary.
+const MAX_TOLD: usize = 100;
+
+impl Outcome {
+    fn done(&mut self, step: &Step, tools: &Tools) {
+        for (change, command) in step.changes() {
+            let level = match self.added + self.removed {
+                0..MAX_TOLD => Level::Info,
+                told => {
+                    if told == MAX_TOLD {
+                        info!("more than {MAX_TOLD} changes: -v tells each");
+                    }
+                    Level::Debug
+                }
+            };
+            log!(level, "{}", command.by(tools.iptables));
+            match change {
+                Change::Add | Change::Replace => self.added += 1,
+                Change::Delete => self.removed += 1,
+            }
+        }
+    }
+}
+
+/// Carries out the steps in their order, `ip` and iptables asked once each where the order lets them.
+pub fn apply<'a>(tools: &Tools, steps: &'a [Step], on_error: OnError) -> Outcome {
+    let mut outcome = Outcome::default();
+    let groups: Vec<&[Step]> = steps.chunk_by(|a, b| kind(a) == kind(b)).collect();
+    // Each tool has its input when its turn comes: the first at once, and while it works the others start.
+    let mut starts = groups
+        .iter()
+        .map(|group| (*group, start(tools, group, on_error)));
+    let give = |(group, tool): (&'a [Step], Option<Result<Process<'a>>>)| {
+        (group, tool.map(|tool| tool?.given(input(group))))
+    };
+    let first = starts.next().map(give);
+    let others: Vec<_> = starts.collect();
+    for (group, tool) in first.into_iter().chain(others.into_iter().map(give)) {
+        match tool.map(|tool| tool?.finish()) {
+            None => parameters(tools, group, &mut outcome),
+            Some(Err(error)) => outcome.errors.push(error),
+            Some(Ok(output)) if output.status.success() => {
+                group.iter().for_each(|step| outcome.done(step, tools));
+            }
+            Some(Ok(output)) => match kind(&group[0]) {
+                Kind::Ip => ip_failed(tools, group, on_error, &output, &mut outcome),
+                _ => iptables_failed(tools, group, &output, &mut outcome),
+            },
+        }
+        if on_error == OnError::Stop && !outcome.errors.is_empty() {
+            break;
+        }
+    }
+    outcome
+}
+
+#[derive(PartialEq, Eq)]
+enum Kind {
+    Ip,
+    Iptables,
+    File,
+}
+
+fn kind(step: &Step) -> Kind {
+    match step {
+        Step::Route(..) | Step::RouteRule(..) => Kind::Ip,
+        Step::Chain { .. } | Step::Entry(..) => Kind::Iptables,
+        Step::SrcValidMark(..) => Kind::File,
+    }
+}
+
+fn first_command(step: &Step) -> String {
+    step.commands()
+        .first()
+        .map(|(_, command)| command.to_string())
+        .unwrap_or_default()
+}
+
+/// The tool for steps of one kind; none for files.
+fn start(tools: &Tools, steps: &[Step], on_error: OnError) -> Option<Result<Process<'static>>> {
+    match kind(&steps[0]) {
+        Kind::Ip => Some(tools.ip_batch(on_error)),
+        Kind::Iptables => Some(tools.iptables_restore()),
+        Kind::File => None,
+    }
+}
+
+/// What the tool for steps of one kind reads: whole lines.
+fn input(steps: &[Step]) -> impl Iterator<Item = String> {
+    let tables = steps.chunk_by(|a, b| a.table() == b.table());
+    tables.flat_map(|steps| {
+        let table = steps[0].table();
+        let begin = table.map(|table| format!("*{table}\n"));
+        let end = table.map(|_| format!("{COMMIT}\n"));
+        let lines = steps.iter().map(|step| match step.table() {
+            Some(_) => restore_lines(step),
+            None => ip_lines(step),
+        });
+        begin.into_iter().chain(lines).chain(end)
+    })
+}
+
+fn ip_lines(step: &Step) -> String {
+    let commands = step.commands().into_iter();
+    // A batch line is the command without its first word.
+    let lines = commands.map(|(_, command)| format!("{command}\n").split_off("ip ".len()));
+    lines.collect()
+}
+
+/// The last line of each table.
+const COMMIT: &str = "COMMIT";
+
+fn ip_failed(
+    tools: &Tools,
+    steps: &[Step],
+    on_error: OnError,
+    output: &Output,
+    outcome: &mut Outcome,
+) {
+    let failures = ip::failures(&output.stderr);
+    let known = failures.iter().any(|(line, _)| *line > 0);
+    for (index, step) in steps.iter().enumerate() {
+        if let Some((_, words)) = failures.iter().find(|(line, _)| *line == index + 1) {
+            let (command, ending, advice) = (first_command(step), output.ending(), advice(words));
+            outcome
+                .errors
+                .push(anyhow!("{command}: {ending}: {words}{advice}"));
+            if on_error == OnError::Stop {
+                return;
+            }
+        } else if known {
+            outcome.done(step, tools);
+        }
+    }
+    if !known {
+        outcome
+            .errors
+            .push(anyhow!("ip -batch: {}", output.failure()));
+    }
+}
+
+fn iptables_failed(tools: &Tools, steps: &[Step], output: &Output, outcome: &mut Outcome) {
+    // Each table is one transaction: those ahead of the line that failed are done.
+    let failed = failed_line(&output.stderr).unwrap_or(0);
+    let input: String = input(steps).collect();
+    let ahead = input.lines().take(failed.saturating_sub(1));
+    let done = ahead.filter(|line| *line == COMMIT).count();
+    for group in steps.chunk_by(|a, b| a.table() == b.table()).take(done) {
+        group.iter().for_each(|step| outcome.done(step, tools));
+    }
+    let line = input
+        .lines()
+        .nth(failed.wrapping_sub(1))
+        .filter(|line| *line != COMMIT);
+    let line = line.map(|line| format!(" at {line:?}")).unwrap_or_default();
+    let advice = advice(&output.stderr);
+    outcome.errors.push(anyhow!(
+        "iptables-restore{line}: {}{advice}",
+        output.failure()
+    ));
+}
+
+/// The number behind "line" in the words of either backend: `line 5 failed`, `Error occurred at line: 5`.
+fn failed_line(stderr: &str) -> Option<usize> {
+    let mut words = stderr
+        .split(|c: char| !c.is_ascii_alphanumeric())
+        .filter(|word| !word.is_empty());
+    words.find(|word| *word == "line")?;
+    words.next()?.parse().ok()
+}
+
+fn parameters(tools: &Tools, steps: &[Step], outcome: &mut Outcome) {
+    for step in steps {
+        let Step::SrcValidMark(change, interface) = step else {
+            continue;
+        };
+        let path = sysctl::src_valid_mark(interface.as_str());
+        match sysctl::write(&path, value(*change)) {
+            Ok(()) => outcome.done(step, tools),
+            Err(error) => outcome
+                .errors
+                .push(anyhow!("{}: {error}", first_command(step))),
+        }
+    }
+}
+
+/// The lines for iptables-restore that carry out a step on a table.
+pub fn restore_lines(step: &Step) -> String {
+    let mut out = String::new();
+    // Writing to a String can't fail.
+    let _ = match step {
+        Step::Entry(change, table, chain, rule) => {
+            writeln!(out, "{} {chain} {rule}", entry_flag(*change, *table))
+        }
+        Step::Chain { chain, .. } => step.edits().into_iter().try_for_each(|edit| match edit {
+            Edit::New => writeln!(out, ":{chain} - [0:0]"),
+            Edit::Flush => writeln!(out, "-F {chain}"),
+            Edit::Delete(rule) => writeln!(out, "-D {chain} {rule}"),
+            Edit::Insert(number, rule) => writeln!(out, "-I {chain} {number} {rule}"),
+            Edit::Append(rule) => writeln!(out, "-A {chain} {rule}"),
+            Edit::Remove => writeln!(out, "-X {chain}"),
+        }),
+        Step::Route(..) | Step::RouteRule(..) | Step::SrcValidMark(..) => Ok(()),
+    };
+    out
+}
+
+/// What to do about the commonest of the tools' complaints.
+fn advice(words: &str) -> &'static str {
+    if words.contains("File exists") {
+        " (an entry that is not mh-hook's stands in its place: see ip rule and ip route show table all, and delete it)"
+    } else if words.contains("not permitted") || words.contains("Permission denied") {
+        " (it needs the capability NET_ADMIN)"
+    } else if words.contains("Cannot find device") || words.contains("Network is down") {
+        " (the link went away meanwhile; its next event, or mh-hook sync, sets this right)"
+    } else if words.contains("xtables lock") {
+        " (another program holds the lock of iptables: see who with fuser /run/xtables.lock)"
+    } else {
+        ""
+    }
+}

@@ -1,0 +1,438 @@
+//! The ordered steps from the installed entries to the desired ones, as a comparison of two [`State`]s. Runs nothing.
+
+use std::collections::BTreeMap;
+
+use crate::model::names::{IfName, UplinkName};
+use crate::model::netfilter::{Rule, Rules, Table, UplinkTable};
+use crate::model::route::{Route, RouteRule};
+use crate::model::state::State;
+use crate::reconcile::command::Command;
+
+/// Which way a step changes the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A new entry.
+    Add,
+    /// In the place of one of ours that has the same key.
+    Replace,
+    /// An entry that goes.
+    Delete,
+}
+
+impl Change {
+    /// The word for it in `ip`.
+    pub fn verb(self) -> &'static str {
+        match self {
+            Self::Add => "add",
+            Self::Replace => "replace",
+            Self::Delete => "del",
+        }
+    }
+}
+
+/// One change of the kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A route.
+    Route(Change, Route),
+    /// A rule of the routing policy.
+    RouteRule(Change, RouteRule),
+    /// An interface's `src_valid_mark`: 1, or 0 again.
+    SrcValidMark(Change, IfName),
+    /// A chain of an uplink's own, as a whole: its order matters.
+    Chain {
+        /// The table.
+        table: Table,
+        /// The chain.
+        chain: String,
+        /// The rules that stand, if the chain does.
+        before: Option<Rules>,
+        /// The rules that should stand, if the chain should.
+        after: Option<Rules>,
+    },
+    /// An entry of ours in a chain that is not: table, chain, rule.
+    Entry(Change, Table, String, Rule),
+}
+
+impl Step {
+    /// The table of iptables that it changes.
+    pub fn table(&self) -> Option<Table> {
+        match self {
+            Self::Chain { table, .. } | Self::Entry(_, table, ..) => Some(*table),
+            Self::Route(..) | Self::RouteRule(..) | Self::SrcValidMark(..) => None,
+        }
+    }
+
+    /// The commands that do this by hand, to be pasted into a shell, each with which way it goes; those
+    /// that delete stand first.
+    pub fn commands(&self) -> Vec<(Change, Command<'_>)> {
+        match self {
+            Self::Chain { .. } => self.by_edits(self.edits()),
+            Self::Entry(change, table, chain, spec) => {
+                let flag = entry_flag(*change, *table);
+                let command = Command::iptables(*table, flag, chain, None, Some(spec));
+                vec![(*change, command)]
+            }
+            Self::Route(change, route) => vec![(*change, Command::Route(*change, route))],
+            Self::RouteRule(change, rule) => vec![(*change, Command::RouteRule(*change, rule))],
+            Self::SrcValidMark(change, interface) => {
+                vec![(*change, Command::SrcValidMark(*change, interface))]
+            }
+        }
+    }
+
+    /// What it changes, entry by entry, each as the command that does that. A chain that is written
+    /// anew changes only where it differs.
+    pub fn changes(&self) -> Vec<(Change, Command<'_>)> {
+        let Self::Chain { before, after, .. } = self else {
+            return self.commands();
+        };
+        let mut edits = self.edits();
+        if edits.contains(&Edit::Flush) {
+            let (gone, new) = differ(rules(before), rules(after));
+            let gone = gone.into_iter().map(Edit::Delete);
+            edits = gone.chain(new.into_iter().map(Edit::Append)).collect();
+        }
+        edits.retain(|edit| !matches!(edit, Edit::New | Edit::Remove));
+        self.by_edits(edits)
+    }
+
+    fn by_edits<'a>(&'a self, edits: Vec<Edit<'a>>) -> Vec<(Change, Command<'a>)> {
+        let Self::Chain { table, chain, .. } = self else {
+            return Vec::new();
+        };
+        let command = |edit: Edit<'a>| (edit.change(), edit.command(*table, chain));
+        edits.into_iter().map(command).collect()
+    }
+
+    /// What makes an uplink's chain as it should be; nothing for another step. Few changes are made one
+    /// by one, so that the rules that stay keep their counters; many by writing the chain anew, since
+    /// the tools look for each rule to delete among all.
+    pub fn edits(&self) -> Vec<Edit<'_>> {
+        let Self::Chain { before, after, .. } = self else {
+            return Vec::new();
+        };
+        let Some(new) = after else {
+            let is_empty = rules(before).is_empty();
+            let flush = (!is_empty).then_some(Edit::Flush);
+            return flush.into_iter().chain([Edit::Remove]).collect();
+        };
+        let Some(old) = before else {
+            return [Edit::New]
+                .into_iter()
+                .chain(new.iter().map(Edit::Append))
+                .collect();
+        };
+        amend(old, new)
+            .filter(|edits| edits.len() <= MAX_EDITS)
+            .unwrap_or_else(|| {
+                [Edit::Flush]
+                    .into_iter()
+                    .chain(new.iter().map(Edit::Append))
+                    .collect()
+            })
+    }
+}
+
+/// A chain's rules; none where there is no such chain.
+fn rules(chain: &Option<Rules>) -> &[Rule] {
+    chain.as_ref().map_or(&[], |rules| rules.as_slice())
+}
+
+/// How many rules of a chain are changed one by one.
+const MAX_EDITS: usize = 32;
+
+/// One change of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edit<'a> {
+    /// The chain comes.
+    New,
+    /// All its rules go.
+    Flush,
+    /// The first rule of this text goes.
+    Delete(&'a Rule),
+    /// A rule comes, and has this number then, from 1.
+    Insert(usize, &'a Rule),
+    /// A rule comes behind all others.
+    Append(&'a Rule),
+    /// The chain goes.
+    Remove,
+}
+
+impl<'a> Edit<'a> {
+    fn change(self) -> Change {
+        match self {
+            Self::New | Self::Insert(..) | Self::Append(_) => Change::Add,
+            Self::Flush | Self::Delete(_) | Self::Remove => Change::Delete,
+        }
+    }
+
+    fn command(self, table: Table, chain: &'a str) -> Command<'a> {
+        let (flag, number, spec) = match self {
+            Self::New => ("-N", None, None),
+            Self::Flush => ("-F", None, None),
+            Self::Delete(spec) => ("-D", None, Some(spec)),
+            Self::Insert(number, spec) => ("-I", Some(number), Some(spec)),
+            Self::Append(spec) => ("-A", None, Some(spec)),
+            Self::Remove => ("-X", None, None),
+        };
+        Command::iptables(table, flag, chain, number, spec)
+    }
+}
+
+/// What makes one chain of the other, rule by rule; none where what stays is not in the right order, or
+/// where a comment of somebody's has several lines: iptables-restore takes each for a rule.
+fn amend<'a>(before: &'a [Rule], after: &'a [Rule]) -> Option<Vec<Edit<'a>>> {
+    let (gone, _) = differ(before, after);
+    if gone.iter().any(|spec| spec.0.contains('\n')) {
+        return None;
+    }
+    // iptables deletes the first of equal rules.
+    let mut count: BTreeMap<&Rule, usize> = BTreeMap::new();
+    gone.iter()
+        .for_each(|spec| *count.entry(*spec).or_default() += 1);
+    let stays = |spec: &&Rule| match count.get_mut(*spec) {
+        Some(left) if *left > 0 => {
+            *left -= 1;
+            false
+        }
+        _ => true,
+    };
+    let mut kept = before.iter().filter(stays).peekable();
+    let mut edits: Vec<Edit> = gone.into_iter().map(Edit::Delete).collect();
+    for (index, spec) in after.iter().enumerate() {
+        if kept.next_if_eq(&spec).is_none() {
+            edits.push(match kept.peek() {
+                Some(_) => Edit::Insert(index + 1, spec),
+                None => Edit::Append(spec),
+            });
+        }
+    }
+    kept.next().is_none().then_some(edits)
+}
+
+/// How an entry comes into a chain of others, or goes. In the filter table it comes ahead of all that
+/// is there, since a rule that accepts is of no use behind one that drops.
+pub fn entry_flag(change: Change, table: Table) -> &'static str {
+    match (change, table) {
+        (Change::Delete, _) => "-D",
+        (_, Table::Filter) => "-I",
+        (_, Table::Mangle | Table::Nat) => "-A",
+    }
+}
+
+/// The steps that make `installed` into `desired`, in an order in which no packet goes astray:
+/// on the way up routing is in place before connections are marked and redirected; on the way down
+/// marking ends first, and a table loses its rules before its routes.
+pub fn diff(installed: &State, desired: &State) -> Vec<Step> {
+    let mut routing = Vec::new();
+    let is_extra = |route: &&Route| !desired.routes.contains(*route);
+    for route in desired.routes.difference(&installed.routes) {
+        let replaces = installed
+            .routes
+            .iter()
+            .filter(is_extra)
+            .any(|old| old.key() == route.key());
+        let change = if replaces {
+            Change::Replace
+        } else {
+            Change::Add
+        };
+        routing.push(Step::Route(change, route.clone()));
+    }
+    // The closing route goes in ahead of the others.
+    routing.reverse();
+    for rule in desired.rules.difference(&installed.rules) {
+        routing.push(Step::RouteRule(Change::Add, rule.clone()));
+    }
+    let adds = !routing.is_empty();
+    for rule in installed.rules.difference(&desired.rules) {
+        routing.push(Step::RouteRule(Change::Delete, rule.clone()));
+    }
+    for route in installed.routes.iter().filter(is_extra) {
+        let replaced = desired
+            .routes
+            .difference(&installed.routes)
+            .any(|new| new.key() == route.key());
+        if !replaced {
+            routing.push(Step::Route(Change::Delete, route.clone()));
+        }
+    }
+    // While the uplink's chains are there they tell whose the parameter is: it is set behind them, and put back ahead.
+    let parameters = |change, new: &State, old: &State| {
+        let interfaces = new.src_valid_mark.difference(&old.src_valid_mark);
+        let steps = interfaces.map(|interface| Step::SrcValidMark(change, interface.clone()));
+        steps.collect::<Vec<Step>>()
+    };
+    let put_back = parameters(Change::Delete, installed, desired);
+    let set = parameters(Change::Add, desired, installed);
+    let netfilter = netfilter(installed, desired);
+    if adds {
+        [put_back, routing, netfilter, set].concat()
+    } else {
+        [put_back, netfilter, routing, set].concat()
+    }
+}
+
+fn netfilter(installed: &State, desired: &State) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let nothing = UplinkTable::default();
+    for table in Table::ALL {
+        let keys = installed
+            .tables
+            .keys()
+            .chain(desired.tables.keys())
+            .filter(|(of, _)| *of == table);
+        let mut uplinks: Vec<&UplinkName> = keys.map(|(_, uplink)| uplink).collect();
+        uplinks.sort();
+        uplinks.dedup();
+        // A chain must exist before an entry jumps to it, and no entry may jump to one that goes. By their
+        // names, an uplink's chain comes ahead of those below it.
+        let (mut chains, mut entries, mut gone) = (Vec::new(), Vec::new(), Vec::new());
+        for uplink in uplinks {
+            let key = (table, uplink.clone());
+            let before = installed.tables.get(&key).unwrap_or(&nothing);
+            let after = desired.tables.get(&key).unwrap_or(&nothing);
+            let (extra, missing) = differ(&before.entries, &after.entries);
+            let entry = |change: Change| {
+                move |(chain, spec): &(String, Rule)| {
+                    Step::Entry(change, table, chain.clone(), spec.clone())
+                }
+            };
+            entries.extend(extra.into_iter().map(entry(Change::Delete)));
+            entries.extend(missing.into_iter().map(entry(Change::Add)));
+            let step = |name: &String, rules: Option<&Rules>| Step::Chain {
+                table,
+                chain: name.clone(),
+                before: before.chains.get(name).cloned(),
+                after: rules.cloned(),
+            };
+            let new = after.chains.iter().rev();
+            let new = new.filter(|(name, rules)| before.chains.get(*name) != Some(rules));
+            chains.extend(new.map(|(name, rules)| step(name, Some(rules))));
+            let old = before.chains.keys();
+            let old = old.filter(|name| !after.chains.contains_key(*name));
+            gone.extend(old.map(|name| step(name, None)));
+        }
+        steps.extend(chains.into_iter().chain(entries).chain(gone));
+    }
+    steps
+}
+
+/// What is only in `before`, and what is only in `after`; of doubles, each counts.
+fn differ<'a, T: Ord>(before: &'a [T], after: &'a [T]) -> (Vec<&'a T>, Vec<&'a T>) {
+    let mut count: BTreeMap<&T, usize> = BTreeMap::new();
+    for item in after {
+        *count.entry(item).or_default() += 1;
+    }
+    let mut spend = |item: &&'a T| match count.get_mut(item) {
+        Some(left) if *left > 0 => {
+            *left -= 1;
+            false
+        }
+        _ => true,
+    };
+    let extra = before.iter().filter(&mut spend).collect();
+    // What is left to spend is what is missing; doubles at the end, as they would be appended.
+    let mut missing: Vec<&T> = after.iter().rev().filter(|item| !spend(item)).collect();
+    missing.reverse();
+    (extra, missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use super::*;
+
+    /// All chains of up to three rules, of three kinds; and none.
+    fn chains() -> Vec<Option<Vec<Rule>>> {
+        let mut chains = vec![Vec::new()];
+        for length in 0..3 {
+            let longer = chains.iter().filter(|chain| chain.len() == length);
+            let longer = longer.flat_map(|chain| {
+                ["-p tcp", "-p udp", "-p esp"].map(|spec| {
+                    let one = [Rule(spec.to_owned())];
+                    [chain.as_slice(), &one].concat()
+                })
+            });
+            chains.extend(longer.collect::<Vec<_>>());
+        }
+        chains.into_iter().map(Some).chain([None]).collect()
+    }
+
+    /// What iptables makes of a chain (iptables(8)).
+    fn carry_out(command: &str, chain: &mut Option<Vec<Rule>>) {
+        let words: Vec<&str> = command.split(' ').collect();
+        let spec = |from: usize| Rule(words[from..].join(" "));
+        assert_eq!(
+            (words[..3].join(" ").as_str(), words[4]),
+            ("iptables -t nat", "mh-isp0")
+        );
+        if words[3] == "-N" {
+            assert_eq!(chain.replace(Vec::new()), None, "{command}");
+            return;
+        }
+        let rules = chain.as_mut().expect("the chain stands");
+        match words[3] {
+            "-A" => rules.push(spec(5)),
+            "-I" => rules.insert(words[5].parse::<usize>().expect("a number") - 1, spec(6)),
+            "-D" => {
+                let place = rules.iter().position(|rule| *rule == spec(5));
+                rules.remove(place.expect("the rule stands"));
+            }
+            "-F" => rules.clear(),
+            "-X" => {
+                assert!(rules.is_empty(), "{command}");
+                *chain = None;
+            }
+            flag => panic!("{flag}"),
+        }
+    }
+
+    #[test]
+    fn the_mending_of_any_chain_deletes_first_and_ends_in_what_is_wanted() {
+        for before in chains() {
+            for after in chains().into_iter().filter(|after| *after != before) {
+                let step = Step::Chain {
+                    table: Table::Nat,
+                    chain: "mh-isp0".into(),
+                    before: before.clone().map(Rc::new),
+                    after: after.clone().map(Rc::new),
+                };
+                let mut mending = step.commands();
+                mending.sort_by_key(|(change, _)| *change != Change::Delete);
+                let mut chain = before.clone();
+                for (_, command) in &mending {
+                    carry_out(&command.to_string(), &mut chain);
+                }
+                assert_eq!(chain, after, "{before:?} by {mending:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn one_rule_that_is_missing_is_one_command() {
+        let rules = ["-p tcp", "-p udp", "-p esp"].map(|spec| Rule(spec.to_owned()));
+        for (missing, expected) in [
+            (0, "iptables -t nat -I mh-isp0 1 -p tcp"),
+            (1, "iptables -t nat -I mh-isp0 2 -p udp"),
+            (2, "iptables -t nat -A mh-isp0 -p esp"),
+        ] {
+            let mut before = rules.to_vec();
+            before.remove(missing);
+            let step = Step::Chain {
+                table: Table::Nat,
+                chain: "mh-isp0".into(),
+                before: Some(Rc::new(before)),
+                after: Some(Rc::new(rules.to_vec())),
+            };
+            let mending = step.commands();
+            let commands: Vec<String> = mending
+                .iter()
+                .map(|(_, command)| command.to_string())
+                .collect();
+            assert_eq!(commands, [expected]);
+        }
+    }
+}

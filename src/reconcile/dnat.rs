@@ -1,0 +1,188 @@
+//! An uplink's forwards as chains of the nat table, and back. Pure.
+//!
+//! A new connection is held against each rule of a chain in turn. Few forwards stand in the uplink's own
+//! chain, as they are written; of many, those that share a hundred ports stand in a chain below it:
+//!
+//! ```text
+//! -A mh-isp0 -p tcp -m tcp --dport 20000:20099 -j mh-isp0.tcp20000
+//! -A mh-isp0.tcp20000 -p tcp -m tcp --dport 20001 -j DNAT --to-destination 192.168.0.2
+//! ```
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::rc::Rc;
+
+use ipnetwork::Ipv4Network;
+
+use crate::model::forward::{Forward, PortRange, Protocol};
+use crate::model::names::UplinkName;
+use crate::model::netfilter::{Rule, Rules, UplinkTable};
+
+/// As many rules as this are few.
+const FEW: usize = 100;
+
+/// How many ports share a chain.
+const PORTS: u16 = 100;
+
+/// The ports that share a chain: their protocol, and the first.
+type Block = (Protocol, u16);
+
+/// The uplink's own chain and those below it, by their names.
+pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> BTreeMap<String, Rules> {
+    let are_few = forwards.iter().map(cases).sum::<usize>() <= FEW;
+    let mut lines: Vec<(Option<Block>, Vec<Rule>)> = Vec::new();
+    // Where the rules of a block go; none where they stay behind a rule that may fit their packets, too:
+    // of two that overlap the first has the packet.
+    let mut blocks: BTreeMap<Block, Option<usize>> = BTreeMap::new();
+    for forward in forwards {
+        for (protocol, rule) in rules(forward) {
+            let block = block(protocol, forward).filter(|_| !are_few);
+            let place = block.map(|block| *blocks.entry(block).or_insert(Some(lines.len())));
+            match place {
+                Some(Some(index)) if index < lines.len() => lines[index].1.push(rule),
+                Some(Some(_)) => lines.push((block, vec![rule])),
+                Some(None) => lines.push((None, vec![rule])),
+                None => {
+                    for ((of, _), place) in &mut blocks {
+                        if protocol.is_none_or(|protocol| protocol == *of) {
+                            *place = None;
+                        }
+                    }
+                    lines.push((None, vec![rule]));
+                }
+            }
+        }
+    }
+    let mut own = Vec::with_capacity(lines.len());
+    let mut chains = BTreeMap::new();
+    for (block, rules) in lines {
+        match block {
+            Some((protocol, first)) if rules.len() > 1 => {
+                let chain = uplink.subchain(&format!("{protocol}{first}"));
+                own.push(jump(protocol, first, &chain));
+                chains.insert(chain, Rc::new(rules));
+            }
+            _ => own.extend(rules),
+        }
+    }
+    chains.insert(uplink.chain(), Rc::new(own));
+    chains
+}
+
+/// How many rules a forward has: one for each source and protocol.
+fn cases(forward: &Forward) -> usize {
+    forward.from.len().max(1) * forward.protocols.len().max(1)
+}
+
+/// The block that has all ports of a forward. With SCTP's name, of which nobody has many, the longest
+/// name of a chain would be too long (`XT_EXTENSION_MAXNAMELEN`, linux/netfilter/x_tables.h).
+fn block(protocol: Option<Protocol>, forward: &Forward) -> Option<Block> {
+    let protocol = protocol.filter(|it| matches!(it, Protocol::Tcp | Protocol::Udp))?;
+    let ports = forward.ports?;
+    let first = ports.first / PORTS * PORTS;
+    (ports.last / PORTS * PORTS == first).then_some((protocol, first))
+}
+
+/// `-p tcp -m tcp --dport 20000:20099 -j mh-isp0.tcp20000`
+fn jump(protocol: Protocol, first: u16, chain: &str) -> Rule {
+    let ports = PortRange {
+        // No forward has port 0.
+        first: first.max(1),
+        last: first.saturating_add(PORTS - 1),
+    };
+    Rule(format!(
+        "-p {protocol} -m {protocol} --dport {} -j {chain}",
+        ports.by_colon()
+    ))
+}
+
+/// The rules of one forward, with their protocols: one for each source and protocol.
+///
+/// `-s 198.51.100.0/24 -p tcp -m tcp --dport 2222 -j DNAT --to-destination 192.168.0.2:22`
+pub fn rules(forward: &Forward) -> impl Iterator<Item = (Option<Protocol>, Rule)> {
+    each(&forward.from).flat_map(move |source| {
+        let protocols = each(&forward.protocols);
+        protocols.map(move |protocol| (protocol.copied(), rule(source, protocol, forward)))
+    })
+}
+
+/// Each item; where there is none, none once, which stands for all.
+fn each<T>(items: &[T]) -> impl Iterator<Item = Option<&T>> {
+    let none = items.is_empty().then_some(None);
+    items.iter().map(Some).chain(none)
+}
+
+fn rule(source: Option<&Ipv4Network>, protocol: Option<&Protocol>, forward: &Forward) -> Rule {
+    let mut spec = String::with_capacity(80);
+    // Writing to a String can't fail.
+    if let Some(source) = source {
+        let _ = write!(spec, "-s {source} ");
+    }
+    match (protocol, forward.ports) {
+        (None, _) => {}
+        // iptables knows its name from /etc/protocols only, which need not be there.
+        (Some(Protocol::Gre), _) => {
+            let _ = write!(spec, "-p {} ", Protocol::Gre.number());
+        }
+        (Some(protocol), None) => {
+            let _ = write!(spec, "-p {protocol} ");
+        }
+        (Some(protocol), Some(ports)) => {
+            let ports = ports.by_colon();
+            let _ = write!(spec, "-p {protocol} -m {protocol} --dport {ports} ");
+        }
+    }
+    let _ = write!(spec, "-j DNAT --to-destination {}", forward.to);
+    if let Some(port) = forward.to_port {
+        let _ = write!(spec, ":{port}");
+    }
+    Rule(spec)
+}
+
+/// The forward that a rule in an uplink's nat chain was written for, if it is of the form that we write.
+pub fn parse(rule: &Rule) -> Option<Forward> {
+    let destination = rule.value("--to-destination")?;
+    let (to, to_port) = match destination.split_once(':') {
+        Some((to, port)) => (to, Some(port.parse().ok()?)),
+        None => (destination, None),
+    };
+    let ports = match rule.value("--dport") {
+        Some(text) => {
+            let (first, last) = text.split_once(':').unwrap_or((text, text));
+            Some(PortRange {
+                first: first.parse().ok()?,
+                last: last.parse().ok()?,
+            })
+        }
+        None => None,
+    };
+    let from = match rule.value("-s") {
+        Some(source) => vec![source.parse().ok()?],
+        None => Vec::new(),
+    };
+    let protocols = match rule.value("-p") {
+        Some(text) => vec![Protocol::parse_rule(text)?],
+        None => Vec::new(),
+    };
+    Some(Forward {
+        protocols: protocols.into(),
+        ports,
+        to: to.parse().ok()?,
+        to_port,
+        from,
+    })
+}
+
+/// The rules of an uplink's nat chains, in the order in which a packet meets them.
+pub fn in_order<'a>(uplink: &UplinkName, own: &'a UplinkTable) -> impl Iterator<Item = &'a Rule> {
+    let first = own.chains.get(&uplink.chain());
+    let rules = first.into_iter().flat_map(|rules| rules.iter());
+    rules.flat_map(|rule| {
+        let below = rule.value("-j").and_then(|target| own.chains.get(target));
+        let (below, itself) = match below {
+            Some(rules) => (rules.as_slice(), None),
+            None => (&[][..], Some(rule)),
+        };
+        below.iter().chain(itself)
+    })
+}

@@ -1,0 +1,158 @@
+//! pppd's call: arguments and environment to [`Event`]. Nobody else reads the environment.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::config::Identity;
+use crate::model::names::IfName;
+
+/// Whether a link came or went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// `ip-pre-up`: the interface has its address, but carries nothing yet; pppd waits for its hooks.
+    PreUp,
+    /// By ourselves, a moment after `ip-pre-up`: pppd makes that call each time that a link comes up,
+    /// but leaves out `ip-up` while an earlier one still runs (`ipcp_script_done`, pppd/ipcp.c).
+    Follow,
+    /// `ip-up`.
+    Up,
+    /// `ip-down`.
+    Down,
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PreUp => "pre-up",
+            Self::Follow => "follow",
+            Self::Up => "up",
+            Self::Down => "down",
+        })
+    }
+}
+
+impl Direction {
+    /// The direction that an argument names.
+    pub fn parse(text: &OsStr) -> Option<Self> {
+        match text.to_str()? {
+            "pre-up" => Some(Self::PreUp),
+            "follow" => Some(Self::Follow),
+            "up" => Some(Self::Up),
+            "down" => Some(Self::Down),
+            _ => None,
+        }
+    }
+
+    /// The direction that the folder of the called program names: the program may stand, or be
+    /// linked, in /etc/ppp/ip-up.d and its kin under any name that run-parts takes.
+    pub fn from_folder(program: &Path) -> Option<Self> {
+        match program.parent()?.file_name()?.to_str()? {
+            "ip-pre-up.d" => Some(Self::PreUp),
+            "ip-up.d" => Some(Self::Up),
+            "ip-down.d" => Some(Self::Down),
+            _ => None,
+        }
+    }
+}
+
+/// One call by pppd. It asks only for a look at the interface: what the kernel says then counts,
+/// since pppd leaves out calls and makes late ones.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Which script pppd ran.
+    pub direction: Direction,
+    /// The interface.
+    pub interface: IfName,
+    /// What tells whose link it is.
+    pub identity: Identity,
+    /// The address that pppd gave it: which one to take where it has several.
+    pub local: Option<Ipv4Addr>,
+}
+
+impl Event {
+    /// The event in the arguments that pppd gives its scripts (`pppd(8)`, SCRIPTS): interface, tty,
+    /// speed, local address, remote address, ipparam; `LINKNAME` and `CALL_FILE` come in the
+    /// environment. The interface argument is always there; the environment fills in for those who
+    /// call with less.
+    ///
+    /// # Errors
+    /// No interface, or one that can't be ours; an address that is none, on the way up. On the way
+    /// down the address plays no part, and must not keep us from cleaning up.
+    pub fn from_pppd(direction: Direction, args: &[OsString]) -> Result<Self> {
+        let interface = match args.first().filter(|arg| !arg.is_empty()) {
+            Some(arg) => IfName::parse(&arg.to_string_lossy())?,
+            None => interface_from_environment()?,
+        };
+        let local = match direction {
+            Direction::Down => None,
+            Direction::PreUp | Direction::Follow | Direction::Up => match local_from_environment()?
+            {
+                Some(local) => Some(local),
+                None => args
+                    .get(3)
+                    .filter(|arg| !arg.is_empty())
+                    .map(|arg| address(arg))
+                    .transpose()?,
+            },
+        };
+        // Debian's ip-up repeats the sixth argument as PPP_IPPARAM, and hands it on only where the
+        // hook is run with all of them.
+        let ipparam = args.get(5).filter(|arg| !arg.is_empty()).cloned();
+        let text =
+            |value: Option<OsString>| value.map(|value| value.to_string_lossy().into_owned());
+        let identity = Identity {
+            interface: Some(interface.clone()),
+            ipparam: text(ipparam.or_else(|| variable("PPP_IPPARAM"))),
+            linkname: text(variable("LINKNAME")),
+            peer: text(variable("CALL_FILE")),
+        };
+        Ok(Self {
+            direction,
+            interface,
+            identity,
+            local,
+        })
+    }
+}
+
+/// pppd's `IFNAME`.
+///
+/// # Errors
+/// It is missing, or can't be ours.
+pub fn interface_from_environment() -> Result<IfName> {
+    let name =
+        variable("IFNAME").context("no interface: give its name, or IFNAME in the environment")?;
+    IfName::parse(&name.to_string_lossy()).context("IFNAME")
+}
+
+/// pppd's `IPLOCAL`, if it is set.
+///
+/// # Errors
+/// It is no IPv4 address.
+pub fn local_from_environment() -> Result<Option<Ipv4Addr>> {
+    variable("IPLOCAL")
+        .map(|text| address(&text).context("IPLOCAL"))
+        .transpose()
+}
+
+/// A strict dotted quad.
+///
+/// # Errors
+/// It is something else.
+pub fn address(text: &OsStr) -> Result<Ipv4Addr> {
+    let text = text.to_string_lossy();
+    // A hostile variable can be long: its beginning tells enough.
+    let shown: String = text.chars().take(40).collect();
+    text.parse()
+        .ok()
+        .with_context(|| format!("{shown:?} is not an IPv4 address"))
+}
+
+fn variable(name: &str) -> Option<OsString> {
+    env::var_os(name).filter(|value| !value.is_empty())
+}

@@ -1,0 +1,385 @@
+//! Brings the kernel to what a request asks for: kernel, links, ownership, desired, diff, apply, and once more until the
+//! links hold still. A call is only a trigger; under the lock the kernel is the truth.
+
+pub mod apply;
+pub mod command;
+pub mod desired;
+pub mod diff;
+pub mod dnat;
+pub mod event;
+pub mod other_backend;
+pub mod ownership;
+pub mod request;
+pub mod stale_flows;
+
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Error, Result, anyhow, bail};
+use log::{Level, debug, info, log_enabled, warn};
+
+use crate::config::Config;
+use crate::kernel::conntrack::{self, Flow};
+use crate::kernel::iptables_save::Ruleset;
+use crate::kernel::link::Link;
+use crate::kernel::observe::Kernel;
+use crate::kernel::routing::Whose;
+use crate::kernel::sysctl;
+use crate::kernel::tools::{Counters, OnError, Tools};
+use crate::model::link::{LinkState, UplinkLink, UplinkLinks};
+use crate::model::names::{IfName, UplinkName};
+use crate::model::netfilter::Table;
+use crate::model::state::State;
+use crate::reconcile::apply::{Outcome, apply};
+use crate::reconcile::desired::desired_state;
+use crate::reconcile::diff::{Step, diff};
+use crate::reconcile::other_backend::OtherBackend;
+use crate::reconcile::ownership::{Claimant, Owners, Scope};
+use crate::reconcile::request::{Request, Seen};
+use crate::runtime::lock::Lock;
+use crate::runtime::output;
+use crate::runtime::privilege::drop_all_but_needed;
+
+/// How long one call may take: pppd waits for its hooks' end before it runs them again.
+const LIMIT: Duration = Duration::from_secs(28);
+
+/// How long of that a call waits for the lock.
+const LOCK_LIMIT: Duration = Duration::from_secs(16);
+
+/// How often a changing kernel is followed before we give up.
+const ROUNDS: usize = 6;
+
+/// Whether the plan is carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// It is.
+    Apply,
+    /// It is printed as commands, and nothing changes.
+    DryRun,
+}
+
+/// A call that may go on: it has the tools and the lock, and no more privileges than the tools take.
+pub struct Session {
+    started: Instant,
+    tools: Tools,
+    _lock: Option<Lock>,
+}
+
+impl Session {
+    /// Waits for the lock.
+    ///
+    /// # Errors
+    /// A tool is missing, or others hold the lock for too long.
+    pub fn begin(mode: Mode) -> Result<Self> {
+        let started = Instant::now();
+        let tools = Tools::find(started + LIMIT)?;
+        drop_all_but_needed(tools.backend);
+        let lock = match mode {
+            Mode::Apply => Some(Lock::take(started + LOCK_LIMIT)?),
+            Mode::DryRun => None,
+        };
+        Ok(Self {
+            started,
+            tools,
+            _lock: lock,
+        })
+    }
+}
+
+/// Brings the kernel to what the request asks for. Without a configuration, because it does not hold, entries can only
+/// be removed.
+///
+/// # Errors
+/// The kernel could not be brought there, and why.
+pub fn reconcile(
+    request: &Request,
+    config: Option<&Config>,
+    mode: Mode,
+    session: &Session,
+) -> Result<()> {
+    let Session { started, tools, .. } = session;
+    let named = || request.to_string();
+    let other_backend = OtherBackend::read(tools, config);
+    let mut total = Outcome::default();
+    let mut failed: Option<Vec<Step>> = None;
+    // What was installed before the first change that may leave connections behind.
+    let mut before: Option<State> = None;
+    for round in 0..ROUNDS {
+        let kernel = Kernel::read(tools, Whose::Ours, Counters::Hidden)
+            .map_err(|error| all(&total.errors, Some(error)))
+            .with_context(named)?;
+        let owners = Owners::new(config, &kernel);
+        let installed = owners.installed(&kernel);
+        let seen = Seen {
+            owners: &owners,
+            installed: &installed,
+            links: &kernel.links,
+        };
+        let Some(links) = request.links_in_question(config, &seen)? else {
+            return Ok(());
+        };
+        let scope = scope(request, config, &links, &owners);
+        let desired = desired_state(config, &links, owners.left_alone(&installed, &scope));
+        if let Some(doubt) = config
+            .and_then(|config| request.doubts(config, &links))
+            .filter(|_| round == 0)
+        {
+            warn!("{doubt}");
+        }
+        let unlisted = unlisted(config, &kernel.ruleset);
+        let adds = links.values().any(Option::is_some);
+        if let Some(error) = unlisted.as_ref().filter(|_| adds) {
+            bail!("{}: {error}", describe(request, &links));
+        }
+        let steps = diff(&installed, &desired);
+        if log_enabled!(Level::Debug) {
+            tell_unchanged(&desired, &steps);
+        }
+        if mode == Mode::DryRun {
+            let flows = match stale_flows::leaves_some(&steps) {
+                true => tracked(tools)?,
+                false => Vec::new(),
+            };
+            let stale = stale(config, &links, &installed, &desired, &flows);
+            let deletions = conntrack::deletions(&flows, &stale);
+            let mut steps = vec![(tools, steps)];
+            if let Some(there) = &other_backend {
+                steps.push((&there.tools, there.removal(request, &scope)));
+            }
+            return print(&steps, &deletions);
+        }
+        // The same steps once more would fail once more.
+        if failed.as_ref() == Some(&steps) {
+            return Err(all(&total.errors, None)).with_context(|| describe(request, &links));
+        }
+        let on_error = if adds { OnError::Stop } else { OnError::GoOn };
+        if before.is_none() && stale_flows::leaves_some(&steps) {
+            before = Some(installed.clone());
+        }
+        let outcome = apply(tools, &steps, on_error);
+        total.added += outcome.added;
+        total.removed += outcome.removed;
+        total.errors = outcome.errors;
+        if !total.errors.is_empty() {
+            debug!("{:#}; looking again", all(&total.errors, None));
+            failed = Some(steps);
+            continue;
+        }
+        if let Some(before) = &before {
+            let ended = end_stale(tools, config, &links, before, &desired);
+            // What has failed once may have been a mishap; nobody would ask again.
+            let ended = ended.or_else(|error| {
+                debug!("{error:#}; once more");
+                end_stale(tools, config, &links, before, &desired)
+            });
+            total.removed += ended.with_context(named)?;
+        }
+        if let Some(there) = &other_backend {
+            let outcome = there.remove(request, &scope);
+            total.removed += outcome.removed;
+            if !outcome.errors.is_empty() {
+                return Err(all(&outcome.errors, None)).with_context(named);
+            }
+        }
+        let now = Link::all()?;
+        let seen = Seen {
+            links: &now,
+            ..seen
+        };
+        let now = request.links_in_question(config, &seen)?;
+        if now.is_some_and(|now| places(&now) == places(&links)) {
+            if let Some(error) = unlisted {
+                bail!("{}: {error}", describe(request, &links));
+            }
+            summary(request, &links, &total, *started);
+            return Ok(());
+        }
+    }
+    if total.errors.is_empty() {
+        bail!(
+            "the links keep changing while their entries are made: run mh-hook sync when they are quiet"
+        );
+    }
+    Err(all(&total.errors, None))
+}
+
+/// Whose entries the request is about. Entries of uplinks that are configured no longer, and of nobody, go with `sync`, or
+/// with the interface that they name.
+fn scope(
+    request: &Request,
+    config: Option<&Config>,
+    links: &UplinkLinks,
+    owners: &Owners,
+) -> Scope {
+    let Some(interface) = request.interface() else {
+        return Scope::All;
+    };
+    let is_configured =
+        |name: &UplinkName| config.is_some_and(|config| config.uplinks.contains_key(name));
+    let mut claimants: Vec<Claimant> = links.keys().cloned().map(Claimant::Uplink).collect();
+    let bound = owners.bound_to(interface).into_iter();
+    claimants.extend(
+        bound
+            .filter(|name| !is_configured(name))
+            .map(Claimant::Uplink),
+    );
+    claimants.push(Claimant::Link(interface.to_string()));
+    Scope::These(claimants.into_iter().collect())
+}
+
+/// Why a table that is ours to write to can't be: what it holds is not known.
+fn unlisted(config: Option<&Config>, ruleset: &Ruleset) -> Option<Error> {
+    let is_used = |table: &Table| {
+        let Some(config) = config else { return true };
+        let mut uplinks = config.uplinks.values();
+        *table != Table::Filter || uplinks.any(|uplink| uplink.accept_forward)
+    };
+    let mut tables = Table::ALL.iter().filter(|table| is_used(table));
+    let table = tables.find(|table| ruleset.incompatible.contains(table.name()))?;
+    Some(anyhow!(
+        "iptables-save does not list the table {table}, since a rule in it is not one of iptables, so nothing is written \
+         there: see nft -a list table ip {table}, and delete that rule, or move it to a table of its own"
+    ))
+}
+
+/// Where the links are, and for which addresses entries were made.
+fn places(links: &UplinkLinks) -> Vec<(&UplinkName, Option<(&IfName, Ipv4Addr)>)> {
+    links
+        .iter()
+        .map(|(name, link)| {
+            (
+                name,
+                link.as_ref().map(|link| (&link.interface, link.address)),
+            )
+        })
+        .collect()
+}
+
+fn tell_unchanged(desired: &State, steps: &[Step]) {
+    for step in diff(&State::default(), desired) {
+        if !steps.contains(&step) {
+            let changes = step.changes().into_iter();
+            changes.for_each(|(_, command)| debug!("already there: {command}"));
+        }
+    }
+}
+
+/// The connections that are tracked.
+fn tracked(tools: &Tools) -> Result<Vec<Flow>> {
+    // The kernel's own count saves a process where there is none (nf_conntrack-sysctl.rst).
+    if sysctl::read("net/netfilter/nf_conntrack_count").as_deref() == Some("0") {
+        return Ok(Vec::new());
+    }
+    let Some(listing) = tools.conntrack_list()? else {
+        info!(
+            "conntrack is not installed: connections from before this change keep their ways (apt-get install conntrack)"
+        );
+        return Ok(Vec::new());
+    };
+    Ok(conntrack::parse(&listing))
+}
+
+/// Ends the connections that contradict the change, and says how many.
+fn end_stale(
+    tools: &Tools,
+    config: Option<&Config>,
+    links: &UplinkLinks,
+    before: &State,
+    desired: &State,
+) -> Result<usize> {
+    let flows = tracked(tools)?;
+    let stale = stale(config, links, before, desired, &flows);
+    end(tools, &conntrack::deletions(&flows, &stale))?;
+    Ok(stale.len())
+}
+
+fn stale<'a>(
+    config: Option<&Config>,
+    links: &UplinkLinks,
+    installed: &State,
+    desired: &State,
+    flows: &'a [Flow],
+) -> Vec<&'a Flow> {
+    config
+        .map(|config| stale_flows::stale(config, links, installed, desired, flows))
+        .unwrap_or_default()
+}
+
+/// Deletes connections, so that their next packets are judged anew.
+fn end(tools: &Tools, deletions: &[String]) -> Result<()> {
+    if deletions.is_empty() {
+        return Ok(());
+    }
+    tools.conntrack_delete(
+        &deletions
+            .iter()
+            .map(|line| format!("{line}\n"))
+            .collect::<String>(),
+    )?;
+    deletions.iter().for_each(|line| info!("conntrack {line}"));
+    Ok(())
+}
+
+fn print(steps: &[(&Tools, Vec<Step>)], deletions: &[String]) -> Result<()> {
+    let mut text = String::new();
+    for (tools, steps) in steps {
+        let commands = steps.iter().flat_map(Step::commands);
+        text.extend(commands.map(|(_, command)| format!("{}\n", command.by(tools.iptables))));
+    }
+    text.extend(deletions.iter().map(|line| format!("conntrack {line}\n")));
+    if text.is_empty() {
+        text.push_str("# nothing to change\n");
+    }
+    output::print(&text).context("print the plan")
+}
+
+/// All errors as one.
+fn all(errors: &[Error], last: Option<Error>) -> Error {
+    let errors = errors.iter().chain(&last);
+    let texts: Vec<String> = errors.map(|error| format!("{error:#}")).collect();
+    anyhow!(texts.join("; "))
+}
+
+/// `isp0 up on ppp0 203.0.113.10, isp1 down`
+fn describe(request: &Request, links: &UplinkLinks) -> String {
+    let each = links
+        .iter()
+        .map(|(name, link)| match (link, request.interface()) {
+            (
+                Some(UplinkLink {
+                    interface,
+                    address,
+                    state,
+                    ..
+                }),
+                _,
+            ) => {
+                let way = match state {
+                    LinkState::Up => "up",
+                    LinkState::AboutToBeUp => "about to be up",
+                };
+                format!("{name} {way} on {interface} {address}")
+            }
+            (None, Some(interface)) => format!("{name} down on {interface}"),
+            (None, None) => format!("{name} down"),
+        });
+    let text = each.collect::<Vec<_>>().join(", ");
+    if text.is_empty() {
+        "orphans".into()
+    } else {
+        text
+    }
+}
+
+/// `isp0 up on ppp0 203.0.113.10: 9 added, 0 removed, 6 ms`
+fn summary(request: &Request, links: &UplinkLinks, outcome: &Outcome, started: Instant) {
+    let Outcome { added, removed, .. } = outcome;
+    let text = format!(
+        "{}: {added} added, {removed} removed, {} ms",
+        describe(request, links),
+        started.elapsed().as_millis()
+    );
+    let quiet = links.is_empty() && added + removed == 0;
+    let level = if quiet { Level::Debug } else { Level::Info };
+    log::log!(level, "{text}");
+}

@@ -1,0 +1,657 @@
+//! Whose an entry is. [`Owners::owner`] is the only place that says so; everybody asks it. Pure.
+//!
+//! Ownership lives in the kernel, not in files. Routes and rules carry our protocol number; rules of iptables have a form
+//! that we write ([`FORMS`], [`CHAIN_FORMS`]) and name their uplink by its chain or by a comment. Which uplink a route or
+//! rule belongs to is told by the configuration, and where that does not name its table, mark or address, by the entries
+//! themselves: an uplink's chain sets a mark, a rule sends the mark to a table, a route in the table names an interface.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnetwork::Ipv4Network;
+
+use crate::config::{Config, Uplink};
+use crate::kernel::iptables_save::Ruleset;
+use crate::kernel::link::Links;
+use crate::kernel::observe::Kernel;
+use crate::model::link::UplinkLinks;
+use crate::model::names::{IfName, PREFIX, UplinkName};
+use crate::model::netfilter::{Rule, Rules, Table, UplinkTable};
+use crate::model::route::{FwMark, PROTOCOL, Route, RouteRule, RuleAction, TableId};
+use crate::model::state::{Entry, State};
+use crate::reconcile::desired::{Up, desired};
+
+/// Whose an entry is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Ours, made for these: several where uplinks have the same address, none where nothing tells.
+    Ours(Claimants),
+    /// Somebody else's, never touched.
+    Foreign,
+}
+
+/// Those that an entry was made for.
+pub type Claimants = BTreeSet<Claimant>;
+
+/// Whom an entry was made for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Claimant {
+    /// An uplink.
+    Uplink(UplinkName),
+    /// An uplink whose name nothing tells any more; this was its interface.
+    Link(String),
+}
+
+impl Claimant {
+    /// The uplink, where its name is known.
+    pub fn uplink(&self) -> Option<&UplinkName> {
+        match self {
+            Self::Uplink(name) => Some(name),
+            Self::Link(_) => None,
+        }
+    }
+}
+
+/// The forms of our rules in chains that are not ours, as iptables-save prints them: `*` is any word, `{interface}` the
+/// uplink's, `{chain}` the name of the uplink's chain.
+const FORMS: [(Table, &str, &str); 15] = [
+    (Table::Mangle, "PREROUTING", "-i {interface} -j {chain}"),
+    (
+        Table::Mangle,
+        "PREROUTING",
+        "! -i {interface} -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
+    ),
+    // Written by version 0.1.0, for each of the LAN's interfaces.
+    (
+        Table::Mangle,
+        "PREROUTING",
+        "-i * -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
+    ),
+    (
+        Table::Mangle,
+        "OUTPUT",
+        "-m conntrack --ctdir REPLY -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
+    ),
+    (
+        Table::Mangle,
+        "FORWARD",
+        "-i {interface} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {chain} -j TCPMSS --set-mss *",
+    ),
+    (
+        Table::Mangle,
+        "FORWARD",
+        "-o {interface} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {chain} -j TCPMSS --clamp-mss-to-pmtu",
+    ),
+    (
+        Table::Nat,
+        "PREROUTING",
+        "-i {interface} -m addrtype --dst-type LOCAL -j {chain}",
+    ),
+    // Written by version 0.1.0.
+    (Table::Nat, "PREROUTING", "-i {interface} -j {chain}"),
+    (Table::Nat, "PREROUTING", "-d * -i * -j {chain}"),
+    (Table::Nat, "OUTPUT", "-d * -j {chain}"),
+    (
+        Table::Nat,
+        "POSTROUTING",
+        "-s * -o {interface} -m comment --comment {chain} -j MASQUERADE",
+    ),
+    (
+        Table::Nat,
+        "POSTROUTING",
+        "-s * -o * -m conntrack --ctstate DNAT --ctorigdst * -m comment --comment {chain} -j MASQUERADE",
+    ),
+    (
+        Table::Filter,
+        "FORWARD",
+        "-i {interface} -m conntrack --ctstate DNAT -m comment --comment {chain} -j ACCEPT",
+    ),
+    (
+        Table::Filter,
+        "FORWARD",
+        "-o {interface} -m conntrack --ctstate DNAT -m comment --comment {chain} -j ACCEPT",
+    ),
+    (
+        Table::Filter,
+        "FORWARD",
+        "-i * -m conntrack --ctstate DNAT --ctorigdst * -m comment --comment {chain} -j ACCEPT",
+    ),
+];
+
+/// The forms of the rules in an uplink's own chains; what stands in brackets may be left out.
+const CHAIN_FORMS: [(Table, &str); 5] = [
+    (
+        Table::Mangle,
+        "-m connmark --mark * -j CONNMARK --set-xmark *",
+    ),
+    (
+        Table::Mangle,
+        "-m connmark --mark * -j CONNMARK --restore-mark --nfmask * --ctmask *",
+    ),
+    // Written by version 0.1.0: `mh-isp0 rp_filter was 1`.
+    (Table::Mangle, "-m comment --comment *"),
+    (
+        Table::Nat,
+        "[-s *] [-p *] [-m * --dport *] -j DNAT --to-destination *",
+    ),
+    (Table::Nat, "-p * -m * --dport * -j {chain}"),
+];
+
+/// What a rule of a form that we write names.
+struct Form {
+    uplink: UplinkName,
+    interface: Option<String>,
+}
+
+/// A rule in a chain that is not ours, taken for one that we write.
+fn form(table: Table, chain: &str, rule: &Rule) -> Option<Form> {
+    if !rule.0.contains(PREFIX) {
+        return None;
+    }
+    let words = rule.words();
+    let mut forms = FORMS
+        .iter()
+        .filter(|(of, at, _)| *of == table && *at == chain);
+    forms.find_map(|(_, _, pattern)| {
+        let found = fits(pattern, &words)?;
+        Some(Form {
+            uplink: UplinkName::parse(found.chain?.strip_prefix(PREFIX)?).ok()?,
+            interface: found.interface.map(str::to_owned),
+        })
+    })
+}
+
+/// Whether all rules of a chain with one of our names are of forms that we write.
+fn has_our_forms(table: Table, rules: &Rules) -> bool {
+    rules.iter().all(|rule| {
+        let words = rule.words();
+        let mut forms = CHAIN_FORMS.iter().filter(|(of, _)| *of == table);
+        forms.any(|(_, pattern)| fits(pattern, &words).is_some())
+    })
+}
+
+/// The words at the places that a pattern names.
+#[derive(Clone, Copy, Default)]
+struct Found<'a> {
+    chain: Option<&'a str>,
+    interface: Option<&'a str>,
+}
+
+fn fits<'a>(pattern: &str, words: &'a [String]) -> Option<Found<'a>> {
+    let mut found = Found::default();
+    let mut rest = words;
+    // What stands in brackets is tried as a whole.
+    for (index, part) in pattern.split(['[', ']']).enumerate() {
+        let mut inner = (found, rest);
+        let is_there = part.split_ascii_whitespace().all(|expected| {
+            let Some((word, behind)) = inner.1.split_first() else {
+                return false;
+            };
+            inner.1 = behind;
+            match expected {
+                "*" => true,
+                "{chain}" => {
+                    inner.0.chain = Some(word);
+                    UplinkName::of_chain(word).is_some()
+                }
+                "{interface}" => {
+                    inner.0.interface = Some(word);
+                    true
+                }
+                expected => expected == word,
+            }
+        });
+        let is_optional = index % 2 == 1;
+        match is_there {
+            true => (found, rest) = inner,
+            false if is_optional => {}
+            false => return None,
+        }
+    }
+    rest.is_empty().then_some(found)
+}
+
+/// What tells whose an entry is.
+#[derive(Debug, Default)]
+pub struct Owners {
+    configured: BTreeSet<UplinkName>,
+    /// Our chains, by table and name.
+    chains: BTreeMap<(Table, String), UplinkName>,
+    /// The uplinks at an interface, by the entries that name it.
+    interfaces: BTreeMap<String, BTreeSet<UplinkName>>,
+    /// Interfaces that the configuration gives to uplinks with marks.
+    configured_interfaces: BTreeMap<String, BTreeSet<UplinkName>>,
+    marks: BTreeMap<FwMark, Claimants>,
+    tables: BTreeMap<TableId, Claimant>,
+    /// Addresses of links, and pinned sources.
+    sources: BTreeMap<Ipv4Network, Claimants>,
+}
+
+impl Owners {
+    /// Reads what the kernel's entries and the configuration, where there is one, tell.
+    pub fn new(config: Option<&Config>, kernel: &Kernel) -> Self {
+        let mut owners = Self::default();
+        let uplinks = || config.iter().flat_map(|config| &config.uplinks);
+        owners.configured = uplinks().map(|(name, _)| name.clone()).collect();
+        owners.read_ruleset(&kernel.ruleset);
+        for (name, uplink) in uplinks() {
+            owners.read_uplink(name, uplink);
+        }
+        let mut marks: BTreeMap<FwMark, Claimants> = BTreeMap::new();
+        for ((table, chain), uplink) in &owners.chains {
+            let chain = kernel.ruleset.chain(table.name(), chain);
+            let rules = chain.into_iter().flat_map(|chain| chain.rules.iter());
+            for mark in rules.filter_map(sets_mark) {
+                let claimants = marks.entry(mark).or_default();
+                claimants.insert(Claimant::Uplink(uplink.clone()));
+            }
+        }
+        for (mark, claimants) in marks {
+            owners.marks.entry(mark).or_insert(claimants);
+        }
+        let rules = || kernel.routing.rules.iter().filter(|rule| rule.is_ours());
+        let mut by_mark: Vec<(FwMark, Claimants)> = Vec::new();
+        for rule in rules() {
+            if let (Some(iif), Some(mark)) = (&rule.iif, rule.fwmark)
+                && !owners.marks.contains_key(&mark)
+                && rule.table() == Some(TableId::MAIN)
+            {
+                by_mark.push((mark, owners.at(iif)));
+            }
+        }
+        for (mark, claimants) in by_mark {
+            owners.marks.entry(mark).or_default().extend(claimants);
+        }
+        owners.read_tables(rules(), &kernel.routing.routes);
+        owners.read_sources(rules(), &kernel.links);
+        owners
+    }
+
+    fn read_uplink(&mut self, name: &UplinkName, uplink: &Uplink) {
+        let Some(routing) = &uplink.routing else {
+            return;
+        };
+        let claimant = Claimant::Uplink(name.clone());
+        self.tables.insert(routing.table, claimant.clone());
+        self.marks.insert(routing.mark, [claimant.clone()].into());
+        for pin in &uplink.pin {
+            let claimants = self.sources.entry(*pin).or_default();
+            claimants.insert(claimant.clone());
+        }
+        if let Some(interface) = &uplink.identity.interface {
+            let names = self
+                .configured_interfaces
+                .entry(interface.to_string())
+                .or_default();
+            names.insert(name.clone());
+        }
+    }
+
+    /// Our chains, and the interfaces that our rules name.
+    fn read_ruleset(&mut self, ruleset: &Ruleset) {
+        let mut named = BTreeSet::new();
+        let mut candidates = Vec::new();
+        for table in Table::ALL {
+            let chains = ruleset.tables.get(table.name());
+            for (name, chain) in chains.into_iter().flatten() {
+                if let Some(uplink) = UplinkName::of_chain(name)
+                    && table != Table::Filter
+                {
+                    let is_configured = self.configured.contains(&uplink);
+                    if is_configured || has_our_forms(table, &chain.rules) {
+                        if !chain.rules.is_empty() {
+                            named.insert(uplink.clone());
+                        }
+                        candidates.push((table, name, uplink));
+                    }
+                    continue;
+                }
+                for rule in chain.rules.iter() {
+                    let Some(Form { uplink, interface }) = form(table, name, rule) else {
+                        continue;
+                    };
+                    named.insert(uplink.clone());
+                    let names = interface.map(|interface| self.interfaces.entry(interface));
+                    if let Some(names) = names {
+                        names.or_default().insert(uplink);
+                    }
+                }
+            }
+        }
+        // An empty chain that only its name tells to be ours is somebody's.
+        candidates
+            .retain(|(_, _, uplink)| self.configured.contains(uplink) || named.contains(uplink));
+        self.chains = candidates
+            .into_iter()
+            .map(|(table, name, uplink)| ((table, name.clone()), uplink))
+            .collect();
+        // A jump of our form to a chain that holds something else is somebody's.
+        let is_foreign = |uplink: &UplinkName| {
+            let mut tables = [Table::Mangle, Table::Nat].into_iter();
+            tables.any(|table| {
+                let chain = uplink.chain();
+                ruleset.chain(table.name(), &chain).is_some()
+                    && !self.chains.contains_key(&(table, chain))
+            })
+        };
+        for names in self.interfaces.values_mut() {
+            names.retain(|uplink| !is_foreign(uplink));
+        }
+        self.interfaces.retain(|_, names| !names.is_empty());
+    }
+
+    fn read_tables<'a>(&mut self, rules: impl Iterator<Item = &'a RouteRule>, routes: &[Route]) {
+        for rule in rules {
+            let claimants = rule.fwmark.and_then(|mark| self.marks.get(&mark));
+            if let Some(claimant) = claimants.and_then(BTreeSet::first)
+                && let Some(table) = rule.table().filter(|table| !table.is_systems())
+            {
+                self.tables.entry(table).or_insert(claimant.clone());
+            }
+        }
+        for route in routes.iter().filter(|route| route.is_ours()) {
+            if let Some(dev) = &route.dev
+                && !route.table.is_systems()
+                && let Some(claimant) = self.at(dev).first()
+            {
+                self.tables.entry(route.table).or_insert(claimant.clone());
+            }
+        }
+    }
+
+    fn read_sources<'a>(&mut self, rules: impl Iterator<Item = &'a RouteRule>, links: &Links) {
+        for rule in rules {
+            let claimant = rule.table().and_then(|table| self.tables.get(&table));
+            if let (Some(from), Some(claimant)) = (rule.from, claimant) {
+                let claimants = self.sources.entry(from).or_default();
+                claimants.insert(claimant.clone());
+            }
+        }
+        for (interface, link) in links {
+            let names = self.uplinks_at(interface);
+            for address in &link.addresses {
+                if !names.is_empty() {
+                    let claimants = self.sources.entry((*address).into()).or_default();
+                    claimants.extend(names.iter().cloned().map(Claimant::Uplink));
+                }
+            }
+        }
+    }
+
+    /// Whose an entry is.
+    pub fn owner(&self, entry: Entry) -> Owner {
+        // All fields are named, so that whoever adds one, or a kind of entry, is asked here whose it is.
+        match entry {
+            Entry::Route(route) => {
+                let Route {
+                    table,
+                    dev,
+                    protocol,
+                    metric: _,
+                    kind: _,
+                    destination: _,
+                    gateway: _,
+                    rest: _,
+                } = route;
+                if *protocol != PROTOCOL {
+                    return Owner::Foreign;
+                }
+                let by_table = self.tables.get(table).map(|claimant| [claimant.clone()]);
+                let by_dev = || dev.as_ref().map(|dev| self.at(dev)).unwrap_or_default();
+                Owner::Ours(by_table.map_or_else(by_dev, Claimants::from))
+            }
+            Entry::RouteRule(rule) => {
+                let RouteRule {
+                    from,
+                    iif,
+                    fwmark,
+                    action,
+                    protocol,
+                    priority: _,
+                    to: _,
+                    suppress_prefixlength: _,
+                    rest: _,
+                } = rule;
+                if *protocol != PROTOCOL {
+                    return Owner::Foreign;
+                }
+                let by_table = match action {
+                    RuleAction::Lookup(table) => self.tables.get(table),
+                    RuleAction::Blackhole
+                    | RuleAction::Unreachable
+                    | RuleAction::Prohibit
+                    | RuleAction::Other(_) => None,
+                };
+                let by_iif = iif.as_ref().and_then(|iif| self.interfaces.get(iif));
+                let by_iif = by_iif.map(|names| names.iter().cloned().map(Claimant::Uplink));
+                let by_mark = fwmark.and_then(|mark| self.marks.get(&mark));
+                let by_source = from.and_then(|from| self.sources.get(&from));
+                Owner::Ours(
+                    by_table
+                        .map(|claimant| [claimant.clone()].into())
+                        .or(by_iif.map(Iterator::collect))
+                        .or(by_mark.cloned())
+                        .or(by_source.cloned())
+                        .unwrap_or_default(),
+                )
+            }
+            Entry::Chain(table, chain) => self.of_chain(table, chain),
+            Entry::Rule(table, chain, rule) => {
+                let own = self.of_chain(table, chain);
+                if own != Owner::Foreign || !rule.0.contains(PREFIX) {
+                    return own;
+                }
+                // A chain can't go while a rule jumps to it, so whoever jumps to ours goes with it.
+                let words = rule.words();
+                let mut targets = words
+                    .windows(2)
+                    .filter(|pair| pair[0] == "-j" || pair[0] == "-g");
+                let jump = targets.find_map(|pair| self.chains.get(&(table, pair[1].clone())));
+                let by_form = || {
+                    let form = form(table, chain, rule)?;
+                    words
+                        .iter()
+                        .any(|word| word == "--comment")
+                        .then_some(form.uplink)
+                };
+                match jump.cloned().or_else(by_form) {
+                    Some(uplink) => Owner::Ours([Claimant::Uplink(uplink)].into()),
+                    None => Owner::Foreign,
+                }
+            }
+            Entry::SrcValidMark(interface) => {
+                let names = self.uplinks_at(interface.as_str());
+                match names.is_empty() {
+                    true => Owner::Foreign,
+                    false => Owner::Ours(names.into_iter().map(Claimant::Uplink).collect()),
+                }
+            }
+        }
+    }
+
+    fn of_chain(&self, table: Table, chain: &str) -> Owner {
+        match self.chains.get(&(table, chain.to_owned())) {
+            Some(uplink) => Owner::Ours([Claimant::Uplink(uplink.clone())].into()),
+            None => Owner::Foreign,
+        }
+    }
+
+    /// Those whom an interface's routes and rules were made for.
+    fn at(&self, interface: &str) -> Claimants {
+        match self.interfaces.get(interface) {
+            Some(names) => names.iter().cloned().map(Claimant::Uplink).collect(),
+            None => [Claimant::Link(interface.to_owned())].into(),
+        }
+    }
+
+    /// The uplinks at an interface: those whose entries name it, or else those that the configuration gives it to.
+    fn uplinks_at(&self, interface: &str) -> BTreeSet<UplinkName> {
+        let by_entries = self.interfaces.get(interface);
+        let by_config = || self.configured_interfaces.get(interface);
+        by_entries.or_else(by_config).cloned().unwrap_or_default()
+    }
+
+    /// The uplinks whose entries name this interface.
+    pub fn bound_to(&self, interface: &IfName) -> BTreeSet<UplinkName> {
+        let names = self.interfaces.get(interface.as_str());
+        names.cloned().unwrap_or_default()
+    }
+
+    /// The interface that an uplink's entries name, or the route in its table.
+    pub fn interface_of(&self, name: &UplinkName, installed: &State) -> Option<IfName> {
+        let mut named = self
+            .interfaces
+            .iter()
+            .filter(|(_, names)| names.contains(name));
+        let by_entries = named.find_map(|(interface, _)| IfName::parse(interface).ok());
+        let claimant = Claimant::Uplink(name.clone());
+        let mut routes = installed
+            .routes
+            .iter()
+            .filter(|route| self.tables.get(&route.table) == Some(&claimant));
+        by_entries.or_else(|| routes.find_map(|route| IfName::parse(route.dev.as_ref()?).ok()))
+    }
+
+    /// Our entries among everybody's.
+    pub fn installed(&self, kernel: &Kernel) -> State {
+        let is_ours = |entry: Entry| self.owner(entry) != Owner::Foreign;
+        let mut state = State {
+            routes: kernel
+                .routing
+                .routes
+                .iter()
+                .filter(|route| is_ours(Entry::Route(route)))
+                .cloned()
+                .collect(),
+            rules: kernel
+                .routing
+                .rules
+                .iter()
+                .filter(|rule| is_ours(Entry::RouteRule(rule)))
+                .cloned()
+                .collect(),
+            src_valid_mark: kernel
+                .links
+                .iter()
+                .filter(|(_, link)| link.src_valid_mark)
+                .filter_map(|(name, _)| IfName::parse(name).ok())
+                .filter(|interface| is_ours(Entry::SrcValidMark(interface)))
+                .collect(),
+            tables: self.tables_of(&kernel.ruleset),
+        };
+        state.tables.retain(|_, table| !table.is_empty());
+        state
+    }
+
+    fn tables_of(&self, ruleset: &Ruleset) -> BTreeMap<(Table, UplinkName), UplinkTable> {
+        let mut tables: BTreeMap<(Table, UplinkName), UplinkTable> = BTreeMap::new();
+        for table in Table::ALL {
+            let chains = ruleset.tables.get(table.name());
+            for (name, chain) in chains.into_iter().flatten() {
+                if let Some(uplink) = self.chains.get(&(table, name.clone())) {
+                    let own = tables.entry((table, uplink.clone())).or_default();
+                    own.chains.insert(name.clone(), Rules::clone(&chain.rules));
+                    continue;
+                }
+                for rule in chain.rules.iter() {
+                    // iptables-restore takes each line of a comment for a rule: it could not remove this one.
+                    if rule.0.contains('\n') {
+                        continue;
+                    }
+                    if let Owner::Ours(claimants) = self.owner(Entry::Rule(table, name, rule))
+                        && let Some(uplink) = claimants.first().and_then(Claimant::uplink)
+                    {
+                        let own = tables.entry((table, uplink.clone())).or_default();
+                        own.entries.push((name.clone(), rule.clone()));
+                    }
+                }
+            }
+        }
+        tables
+    }
+
+    /// What of the installed entries a request leaves alone.
+    pub fn left_alone(&self, installed: &State, scope: &Scope) -> State {
+        installed.filter(|entry| match self.owner(entry) {
+            Owner::Ours(claimants) => !scope.has(&claimants),
+            Owner::Foreign => true,
+        })
+    }
+}
+
+/// Whose entries a request is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Everybody's who is ours, orphans included.
+    All,
+    /// Those of these. What was made for others, too, is left alone, and so is what nothing tells whose it is.
+    These(Claimants),
+}
+
+impl Scope {
+    fn has(&self, claimants: &Claimants) -> bool {
+        match self {
+            Self::All => true,
+            Self::These(these) => !claimants.is_empty() && claimants.is_subset(these),
+        }
+    }
+}
+
+/// The mark that a rule of ours gives to connections.
+pub fn sets_mark(rule: &Rule) -> Option<FwMark> {
+    FwMark::parse(rule.value("--set-xmark")?)
+}
+
+/// One uplink's entries.
+#[derive(Debug, Default)]
+pub struct Part {
+    /// Those that are installed.
+    pub installed: State,
+    /// Those that are desired.
+    pub desired: State,
+}
+
+/// Each configured uplink's entries, and the orphans: what is installed, and no configured uplink claims.
+pub fn parts(
+    config: &Config,
+    owners: &Owners,
+    installed: &State,
+    links: &UplinkLinks,
+) -> (BTreeMap<UplinkName, Part>, State) {
+    let mut parts = BTreeMap::new();
+    for (name, uplink) in &config.uplinks {
+        let link = links.get(name).and_then(Option::as_ref);
+        let desired = link.map(|link| desired(config, &Up { name, uplink, link }));
+        let part = Part {
+            installed: State::default(),
+            desired: desired.unwrap_or_default(),
+        };
+        parts.insert(name.clone(), part);
+    }
+    // An entry that several claim is theirs who desire it; one that nobody desires counts once.
+    let mut split = installed.split(|entry| {
+        let Owner::Ours(claimants) = owners.owner(entry) else {
+            return Vec::new();
+        };
+        let configured = claimants.iter().filter_map(Claimant::uplink);
+        let configured: Vec<&UplinkName> = configured
+            .filter(|name| parts.contains_key(*name))
+            .collect();
+        let desires = |name: &&&UplinkName| parts[**name].desired.contains(entry);
+        let by: Vec<Option<UplinkName>> = configured
+            .iter()
+            .filter(desires)
+            .map(|name| Some((*name).clone()))
+            .collect();
+        match by.is_empty() {
+            true => vec![configured.first().map(|name| (*name).clone())],
+            false => by,
+        }
+    });
+    let orphans = split.remove(&None).unwrap_or_default();
+    for (name, own) in split {
+        if let Some(name) = name {
+            parts.entry(name).or_default().installed = own;
+        }
+    }
+    (parts, orphans)
+}

@@ -1,0 +1,369 @@
+//! What is asked, and which links it is about.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::Ipv4Addr;
+
+use anyhow::{Context, Result, bail, ensure};
+use log::debug;
+
+use crate::config::{Config, Uplink};
+use crate::kernel::link::{Link, Links};
+use crate::model::link::{LinkState, UplinkLink, UplinkLinks, check_local};
+use crate::model::names::{IfName, UplinkName};
+use crate::model::state::State;
+use crate::reconcile::event::{Direction, Event};
+use crate::reconcile::ownership::Owners;
+
+/// What is asked.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Request {
+    /// By hand: this interface is up.
+    Up {
+        /// The interface.
+        interface: IfName,
+        /// Whose link it is, where neither the configuration nor the installed entries tell.
+        uplink: Option<UplinkName>,
+        /// Its address, where it is not to be asked of the kernel.
+        local: Option<Ipv4Addr>,
+    },
+    /// By hand: down means down, whatever the link does.
+    Down {
+        /// The interface.
+        interface: IfName,
+    },
+    /// By pppd: look at this interface.
+    Event(Event),
+    /// Look at all interfaces.
+    Sync,
+}
+
+/// What a request says of an uplink and the interface that it names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Binds {
+    /// The interface is this uplink's now.
+    ToIt,
+    /// It is another's, or nobody's.
+    ToAnother,
+    /// Nothing: the installed entries tell.
+    Nothing,
+}
+
+impl fmt::Display for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Up { interface, .. } => write!(f, "up {interface}"),
+            Self::Down { interface } => write!(f, "down {interface}"),
+            Self::Event(event) => write!(f, "event {} {}", event.direction, event.interface),
+            Self::Sync => f.write_str("sync"),
+        }
+    }
+}
+
+impl Request {
+    /// The interface in question; none for all.
+    pub fn interface(&self) -> Option<&IfName> {
+        match self {
+            Self::Up { interface, .. }
+            | Self::Down { interface }
+            | Self::Event(Event { interface, .. }) => Some(interface),
+            Self::Sync => None,
+        }
+    }
+
+    /// The address that the caller gives the link.
+    pub fn local(&self) -> Option<Ipv4Addr> {
+        match self {
+            Self::Up { local, .. } | Self::Event(Event { local, .. }) => *local,
+            Self::Down { .. } | Self::Sync => None,
+        }
+    }
+
+    /// Whether it can be met, by removing, without a configuration.
+    pub fn removes(&self) -> bool {
+        match self {
+            Self::Down { .. } => true,
+            Self::Event(event) => event.direction == Direction::Down,
+            Self::Up { .. } | Self::Sync => false,
+        }
+    }
+
+    /// The uplinks that the configuration, by itself, says this is for.
+    ///
+    /// # Errors
+    /// Two that one call of pppd matches; an uplink given by hand that is not there or is elsewhere.
+    pub fn named<'a>(&self, config: &'a Config) -> Result<Vec<&'a UplinkName>> {
+        let interface = match self {
+            Self::Sync => return Ok(config.uplinks.keys().collect()),
+            Self::Event(event) => {
+                let matching = config.matching(&event.identity);
+                if let [one, two, ..] = matching[..] {
+                    bail!(
+                        "{one} and {two} both match this call for {}: give one of them what the other has not",
+                        event.interface
+                    );
+                }
+                return Ok(matching);
+            }
+            Self::Up {
+                interface,
+                uplink: Some(name),
+                ..
+            } => {
+                let known = config.uplinks.get_key_value(name);
+                let (name, uplink) =
+                    known.with_context(|| format!("there is no [uplink.{name}]"))?;
+                if let Some(other) = uplink
+                    .identity
+                    .interface
+                    .as_ref()
+                    .filter(|other| *other != interface)
+                {
+                    bail!("{name} is bound to {other}, not to {interface}");
+                }
+                return Ok(vec![name]);
+            }
+            Self::Up { interface, .. } | Self::Down { interface } => interface,
+        };
+        let uplinks = config.uplinks.iter();
+        let named =
+            uplinks.filter(|(_, uplink)| uplink.identity.interface.as_ref() == Some(interface));
+        Ok(named.map(|(name, _)| name).collect())
+    }
+
+    /// How the links of the uplinks in question are now; none where there is nothing to do: without a configuration
+    /// entries can only be removed, and not by a late event of an interface that is up again.
+    ///
+    /// # Errors
+    /// Those of [`Self::links`].
+    pub fn links_in_question(
+        &self,
+        config: Option<&Config>,
+        seen: &Seen,
+    ) -> Result<Option<UplinkLinks>> {
+        if let Some(config) = config {
+            return self.links(config, seen).map(Some);
+        }
+        let Some(interface) = self.interface() else {
+            return Ok(None);
+        };
+        let link = seen.links.get(interface.as_str());
+        let is_up = link.is_some_and(|link| link.up && !link.addresses.is_empty());
+        if matches!(self, Self::Event(_)) && is_up {
+            debug!("{interface} is up: this event is a late one");
+            return Ok(None);
+        }
+        let names = seen.owners.bound_to(interface).into_iter();
+        Ok(Some(names.map(|name| (name, None)).collect()))
+    }
+
+    /// How the links of the uplinks in question are now. Uplinks whose entries name the interface are
+    /// in question too: it is theirs no longer, or by hand, where pppd does not say whose it is, still.
+    ///
+    /// # Errors
+    /// By hand, a link that is not up or has no address, or that may be one of several; any address
+    /// that can't be an uplink's.
+    pub fn links(&self, config: &Config, seen: &Seen) -> Result<UplinkLinks> {
+        let mut chosen: BTreeSet<UplinkName> = self.named(config)?.into_iter().cloned().collect();
+        let mut names = chosen.clone();
+        let mut binds = false;
+        if let Some(interface) = self.interface() {
+            let mut bound = seen.owners.bound_to(interface);
+            bound.retain(|name| config.uplinks.contains_key(name));
+            names.extend(bound.iter().cloned());
+            binds = self.binds(&bound, &chosen, seen.links);
+            if let Self::Up { uplink: None, .. } = self {
+                // An uplink by that name alone is sure; else the installed entries tell.
+                let sure =
+                    |name: &&UplinkName| config.uplinks[*name].identity.interface_alone().is_some();
+                // The entries of an uplink that is configured at another interface by now do not bind it here.
+                let may_be = |name: &UplinkName| {
+                    let own = config.uplinks[name].identity.interface.as_ref();
+                    own.is_none_or(|own| own == interface)
+                };
+                bound.retain(may_be);
+                if !chosen.iter().any(|name| sure(&name)) && !bound.is_empty() {
+                    chosen = bound;
+                }
+                let mut several = chosen.iter();
+                if let (Some(one), Some(two)) = (several.next(), several.next()) {
+                    bail!("{interface} can be {one} or {two}: say which, as in --uplink {one}");
+                }
+            }
+        }
+        let mut links = UplinkLinks::new();
+        for (name, uplink) in names
+            .iter()
+            .filter_map(|name| config.uplinks.get_key_value(name))
+        {
+            let binds = match (binds, chosen.contains(name)) {
+                (false, _) => Binds::Nothing,
+                (true, true) => Binds::ToIt,
+                (true, false) => Binds::ToAnother,
+            };
+            let interface = self.place(name, uplink, binds, seen);
+            let link = match interface {
+                Some(interface) => self
+                    .uplink_link(&interface, uplink, config, seen)
+                    .with_context(|| name.to_string())?,
+                None => None,
+            };
+            links.insert(name.clone(), link);
+        }
+        Ok(links)
+    }
+
+    /// What a person who asks by hand may have overlooked.
+    pub fn doubts(&self, config: &Config, links: &UplinkLinks) -> Option<String> {
+        let Self::Up {
+            interface, local, ..
+        } = self
+        else {
+            return None;
+        };
+        let Some((name, link)) = links
+            .iter()
+            .find_map(|(name, link)| Some((name, link.as_ref()?)))
+        else {
+            let mut uplinks = config.uplinks.iter();
+            let (name, _) = uplinks.find(|(_, uplink)| uplink.identity.interface.is_none())?;
+            return Some(format!(
+                "nothing tells whose link {interface} is: if it is {name}'s, say --uplink {name}"
+            ));
+        };
+        let missing = local.filter(|local| !link.addresses.contains(local))?;
+        Some(format!(
+            "{name}: {interface} does not have the address {missing}"
+        ))
+    }
+
+    /// Whether this tells whose the interface is now. An ip-down tells whose it was, and may be late;
+    /// so may an ip-up behind a slow hook, and then the interface has another address, and has been
+    /// given to another uplink.
+    fn binds(
+        &self,
+        bound: &BTreeSet<UplinkName>,
+        chosen: &BTreeSet<UplinkName>,
+        links: &Links,
+    ) -> bool {
+        match self {
+            Self::Up { .. } | Self::Down { .. } => true,
+            Self::Sync => false,
+            Self::Event(Event {
+                direction,
+                interface,
+                local,
+                ..
+            }) => match direction {
+                Direction::PreUp => true,
+                Direction::Follow | Direction::Down => false,
+                Direction::Up => {
+                    let link = links.get(interface.as_str());
+                    let has = |local| link.is_some_and(|link| link.addresses.contains(&local));
+                    local.is_none_or(has) || bound.is_subset(chosen)
+                }
+            },
+        }
+    }
+
+    /// The interface to look at for an uplink in question; none where it has none now.
+    fn place(
+        &self,
+        name: &UplinkName,
+        uplink: &Uplink,
+        binds: Binds,
+        seen: &Seen,
+    ) -> Option<IfName> {
+        let alone = uplink.identity.interface_alone().cloned();
+        match (binds, self.interface()) {
+            (Binds::ToIt, Some(interface)) => Some(interface.clone()),
+            // Its entries name the interface of a call that is not for it: it may be at its own.
+            (Binds::ToAnother, Some(interface)) => alone.filter(|own| own != interface),
+            (Binds::Nothing, _) | (_, None) => {
+                let own = uplink.identity.interface.as_ref();
+                let named = || seen.owners.interface_of(name, seen.installed);
+                alone.or_else(|| named().filter(|named| own.is_none_or(|own| own == named)))
+            }
+        }
+    }
+
+    /// The link, if the uplink should have entries for it.
+    fn uplink_link(
+        &self,
+        interface: &IfName,
+        uplink: &Uplink,
+        config: &Config,
+        seen: &Seen,
+    ) -> Result<Option<UplinkLink>> {
+        let by_hand = matches!(self, Self::Up { .. } | Self::Down { .. })
+            && self.interface() == Some(interface);
+        if by_hand && self.removes() {
+            return Ok(None);
+        }
+        let link = seen.links.get(interface.as_str());
+        if by_hand {
+            let link = link.with_context(|| {
+                format!("there is no interface {interface}: dial it first, see ip link")
+            })?;
+            ensure!(
+                link.up,
+                "{interface} is down: dial it first, or ip link set {interface} up"
+            );
+        }
+        let Some(link) = link else { return Ok(None) };
+        let state = match self {
+            _ if link.up => LinkState::Up,
+            Self::Event(Event {
+                direction: Direction::PreUp,
+                interface: about_to_be,
+                ..
+            }) if about_to_be == interface => LinkState::AboutToBeUp,
+            _ => return Ok(None),
+        };
+        let Some(address) = self.address(link, uplink, by_hand, seen) else {
+            ensure!(
+                !by_hand,
+                "{interface} has no IPv4 address: is pppd done? see ip address show {interface}, or give --local ADDR"
+            );
+            return Ok(None);
+        };
+        check_local(address, &config.lan.networks).with_context(|| interface.to_string())?;
+        Ok(Some(UplinkLink {
+            interface: interface.clone(),
+            address,
+            addresses: link.addresses.clone(),
+            state,
+            mtu: link.mtu,
+        }))
+    }
+
+    /// The address that entries should be for: where a link has several, the one that the call names, else the one
+    /// that has entries, else the first.
+    fn address(
+        &self,
+        link: &Link,
+        uplink: &Uplink,
+        by_hand: bool,
+        seen: &Seen,
+    ) -> Option<Ipv4Addr> {
+        if by_hand && self.local().is_some() {
+            return self.local();
+        }
+        let table = uplink.routing.as_ref().map(|routing| routing.table);
+        let rules = seen.installed.rules.iter();
+        let rules = rules.filter(|rule| table.is_some() && rule.table() == table);
+        let sources = rules.filter_map(|rule| rule.from).map(|from| from.ip());
+        link.address(self.local().into_iter().chain(sources))
+    }
+}
+
+/// What is seen of the kernel, by which a request finds its links.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'a> {
+    /// Whose the installed entries are.
+    pub owners: &'a Owners,
+    /// Our installed entries.
+    pub installed: &'a State,
+    /// The interfaces.
+    pub links: &'a Links,
+}

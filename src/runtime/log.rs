@@ -1,0 +1,123 @@
+//! Where messages go: syslog, facility daemon, tag mh-hook; stderr where a person looks, where
+//! syslog can't be reached, and for errors.
+
+use std::io::{IsTerminal, Write, stderr};
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+
+use ::log::{Level, LevelFilter, Log, Metadata, Record};
+use anyhow::{Context, Result};
+use syslog::{Facility, LogFormat, Logger, LoggerBackend, Severity};
+
+/// The socket of the local syslog daemon (syslog(3), `_PATH_LOG`).
+const SOCKET: &str = "/dev/log";
+
+/// How long a syslog daemon that does not read may keep us.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+type Syslog = Logger<LoggerBackend, Format>;
+
+struct Sinks {
+    syslog: Mutex<Option<Syslog>>,
+    level: LevelFilter,
+    stderr: LevelFilter,
+}
+
+/// Starts logging at this level. `asked` says that a person asked for the level, and so looks.
+pub fn init(level: LevelFilter, asked: bool) {
+    let syslog = connect();
+    let looked_at = asked || syslog.is_err() || stderr().is_terminal();
+    let sinks = Sinks {
+        stderr: if looked_at { level } else { LevelFilter::Error },
+        syslog: Mutex::new(syslog.ok()),
+        level,
+    };
+    // It is called once.
+    if ::log::set_boxed_logger(Box::new(sinks)).is_ok() {
+        ::log::set_max_level(level);
+    }
+}
+
+/// Made by hand: `syslog::init` would fall back to UDP in silence, and its socket could block for ever.
+fn connect() -> Result<Syslog> {
+    let socket = UnixDatagram::unbound().context("make a socket")?;
+    socket
+        .set_write_timeout(Some(PATIENCE))
+        .context("limit its patience")?;
+    socket
+        .connect(SOCKET)
+        .with_context(|| format!("connect to {SOCKET}"))?;
+    Ok(Logger::new(LoggerBackend::Unix(socket), Format))
+}
+
+/// `<30>mh-hook[4711]: isp0 up on ppp0 …`
+///
+/// The daemon adds the time, as it does where none is given (RFC 3164, 4.3.2): it knows the time zone.
+struct Format;
+
+impl LogFormat<&str> for Format {
+    fn format<W: Write>(
+        &self,
+        writer: &mut W,
+        severity: Severity,
+        message: &str,
+    ) -> syslog::Result<()> {
+        let priority = Facility::LOG_DAEMON as u8 | severity as u8;
+        let pid = std::process::id();
+        write!(writer, "<{priority}>mh-hook[{pid}]: {message}").map_err(syslog::Error::Write)
+    }
+}
+
+impl Sinks {
+    fn lock(&self) -> MutexGuard<'_, Option<Syslog>> {
+        self.syslog
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Log for Sinks {
+    fn enabled(&self, metadata: &Metadata) -> bool {
+        metadata.level() <= self.level
+    }
+
+    fn log(&self, record: &Record) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let line = printable(&record.args().to_string());
+        let mut syslog = self.lock();
+        let written = syslog.as_mut().map(|syslog| match record.level() {
+            Level::Error => syslog.err(line.as_str()),
+            Level::Warn => syslog.warning(line.as_str()),
+            Level::Info => syslog.info(line.as_str()),
+            Level::Debug | Level::Trace => syslog.debug(line.as_str()),
+        });
+        let lost = !matches!(written, Some(Ok(())));
+        if matches!(written, Some(Err(_))) {
+            // Not asked again: each further line would cost the whole patience.
+            *syslog = None;
+        }
+        if lost || record.level() <= self.stderr {
+            // Not eprintln!, which panics where nobody reads: that would end us in the middle of a change.
+            let _ = writeln!(stderr(), "mh-hook: {line}");
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// One line without control characters: a peer's name or a hostile interface's must not write
+/// lines of its own, nor move a terminal's cursor.
+pub fn printable(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            line.extend(c.escape_default());
+        } else {
+            line.push(c);
+        }
+    }
+    line
+}
