@@ -32,7 +32,7 @@ impl Kernel {
         Ok(Self {
             routing: RoutingDump::read(whose)?,
             links: Link::all()?,
-            ruleset: save.read_by(Ruleset::parse)?,
+            ruleset: Ruleset::parse(&save.answer()?)?,
         })
     }
 }

@@ -3,7 +3,6 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::iter;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -133,7 +132,7 @@ impl Tools {
     ///
     /// # Errors
     /// It can't be run.
-    pub fn ip_batch(&self, on_error: OnError) -> Result<Process<'static>> {
+    pub fn ip_batch(&self, on_error: OnError) -> Result<Process> {
         let args: &[&str] = match on_error {
             OnError::Stop => &["-4", "-batch", "-"],
             OnError::GoOn => &["-4", "-force", "-batch", "-"],
@@ -178,7 +177,7 @@ impl Tools {
     ///
     /// # Errors
     /// It can't be run.
-    pub fn iptables_save(&self, counters: Counters) -> Result<Process<'static>> {
+    pub fn iptables_save(&self, counters: Counters) -> Result<Process> {
         self.start(&self.save, counters.args())
     }
 
@@ -198,7 +197,7 @@ impl Tools {
     ///
     /// # Errors
     /// It can't be run.
-    pub fn iptables_restore(&self) -> Result<Process<'static>> {
+    pub fn iptables_restore(&self) -> Result<Process> {
         // One second less than it has, so that it gives up by itself and says why.
         let seconds = self.limit().as_secs().saturating_sub(1).max(1).to_string();
         self.start(&self.restore, &["--noflush", "--wait", &seconds])
@@ -240,17 +239,14 @@ impl Tools {
         };
         // By `-` it would open /dev/stdin, which a small system need not have.
         let delete = self.start(path, &["--load-file", "/proc/self/fd/0"])?;
-        delete
-            .given(iter::once(lines.to_owned()))?
-            .answer()
-            .map(drop)
+        delete.given(lines.to_owned())?.answer().map(drop)
     }
 
     fn limit(&self) -> Duration {
         process::LIMIT.min(self.deadline.saturating_duration_since(Instant::now()))
     }
 
-    fn start(&self, path: &Path, args: &[&str]) -> Result<Process<'static>> {
+    fn start(&self, path: &Path, args: &[&str]) -> Result<Process> {
         let name = path.file_name().unwrap_or_default();
         let name = [&[name.to_str().unwrap_or_default()], args]
             .concat()
