@@ -150,16 +150,17 @@ impl Process {
 
     /// Writes, reads and waits until the tool exits.
     fn run(&mut self) -> Result<ExitStatus> {
+        let mut buffer = vec![0; READ_SIZE];
         while self.child.stdout.is_some() || self.child.stderr.is_some() {
             let [stdin, stdout, stderr] = self.ready()?;
             if stdin {
                 self.write_input()?;
             }
             if stdout {
-                read_some(&mut self.child.stdout, &mut self.stdout)?;
+                read_some(&mut self.child.stdout, &mut buffer, &mut self.stdout)?;
             }
             if stderr {
-                read_some(&mut self.child.stderr, &mut self.stderr)?;
+                read_some(&mut self.child.stderr, &mut buffer, &mut self.stderr)?;
             }
         }
         self.wait()
@@ -253,10 +254,9 @@ fn fd(pipe: &Option<impl AsFd>) -> Option<BorrowedFd<'_>> {
 }
 
 /// Reads what the pipe holds; closes the pipe at its end.
-fn read_some(pipe: &mut Option<impl Read>, output: &mut Vec<u8>) -> Result<()> {
-    let mut buffer = [0; READ_SIZE];
+fn read_some(pipe: &mut Option<impl Read>, buffer: &mut [u8], output: &mut Vec<u8>) -> Result<()> {
     let length = match pipe {
-        Some(pipe) => pipe.read(&mut buffer).context("read its output")?,
+        Some(pipe) => pipe.read(buffer).context("read its output")?,
         None => 0,
     };
     if length == 0 {
