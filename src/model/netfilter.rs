@@ -147,11 +147,14 @@ pub fn words(text: &str) -> Result<Vec<String>> {
 /// The words as one rule, in the form that iptables-restore takes.
 pub fn join(words: &[String]) -> String {
     let mut text = String::new();
+    let mut last = "";
     for word in words {
         if !text.is_empty() {
             text.push(' ');
         }
-        if !word.is_empty() && word.bytes().all(is_plain) {
+        let is_name = is_before_name(last.as_bytes());
+        last = word;
+        if is_name || !word.is_empty() && word.bytes().all(is_plain) {
             text.push_str(word);
         } else {
             text.push('"');
