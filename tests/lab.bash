@@ -347,6 +347,48 @@ processes() {
     grep -c ' = 0$' "$LAB_DIR/execve" | awk '{ print $1 - 1 }'
 }
 
+## Monitors
+
+# monitor_start OBJECT…: from here on the router's changes are noted: of nft's tables, and of what `ip monitor` calls by
+# these names, routes among them.
+monitor_start() {
+    in_ns router stdbuf -oL nft monitor >"$LAB_DIR/monitor.nft" 2>&1 &
+    in_ns router stdbuf -oL ip monitor "$@" >"$LAB_DIR/monitor.ip" 2>&1 &
+    lab_wait monitor_listens
+    monitor_mark 1
+}
+
+# monitor_seen: what has been noted since.
+monitor_seen() {
+    monitor_mark "$(($(grep -c 'delete table ip mark' "$LAB_DIR/monitor.nft") + 2))"
+    sed '1,/^delete table ip mark1$/d' "$LAB_DIR/monitor.nft" | grep -vE ' table ip mark|\(nft\)$' || true
+    sed '1,/^Deleted 10\.99\.1\.0/d' "$LAB_DIR/monitor.ip" | grep -v '10\.99\.' || true
+}
+
+# monitor_mark NUMBER: until both have told of what nobody else does, and so of all before it.
+monitor_mark() {
+    mark_once "$1"
+    lab_wait marked "$1"
+}
+
+mark_once() {
+    in_ns router nft "add table ip mark$1"
+    in_ns router nft "delete table ip mark$1"
+    ip -n router route add "10.99.$1.0/24" dev eth1
+    ip -n router route del "10.99.$1.0/24" dev eth1
+}
+
+marked() {
+    if grep -q "^delete table ip mark$1\$" "$LAB_DIR/monitor.nft"; then grep "^Deleted 10\.99\.$1\.0/24 " "$LAB_DIR/monitor.ip" || true; fi
+}
+
+# Those who have only been started may miss a mark.
+monitor_listens() {
+    mark_once 0
+    sleep 0.1
+    marked 0
+}
+
 # fail MESSAGE…: says it, shows the router as it stands, and returns 1.
 fail() {
     echo "failed: $*" >&2
