@@ -324,5 +324,5 @@ look_hangs() {
     [[ $said == *"$2"*'did not end in its time'* ]] || fail "$said"
 }
 
-test_the_listing_of_ip_hangs() { look_hangs 2 'ip -4 -N -batch -'; }
-test_a_tool_of_those_who_look_hangs() { look_hangs 3 'iptables-save -c'; }
+test_the_listing_of_those_who_look_hangs() { look_hangs 1 'iptables-save -c'; }
+test_the_connections_of_those_who_look_hang() { look_hangs 2 'conntrack -L'; }
