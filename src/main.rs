@@ -1,14 +1,14 @@
-//! Arguments, logger, exit status. Decides nothing.
+//! Dispatches the command and chooses the exit status.
+
+mod cli;
 
 use std::env;
 use std::ffi::{OsStr, OsString};
-use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Error, Result, anyhow, bail};
-use lexopt::Arg;
-use log::{LevelFilter, error};
+use anyhow::{Context, Error, Result, anyhow};
+use log::{LevelFilter, error, warn};
 use nix::unistd::geteuid;
 
 use mh_hook::config::{self, Config};
@@ -24,99 +24,23 @@ use mh_hook::model::names::{IfName, UplinkName};
 use mh_hook::reconcile::event::{self, Direction, Event};
 use mh_hook::reconcile::request::Request;
 use mh_hook::reconcile::{Mode, Session, reconcile};
-use mh_hook::runtime::output;
+use mh_hook::runtime::{log as logger, output};
 
-const HELP: &str = "\
-mh-hook: multi-homing for a router with several PPPoE links
+use crate::cli::{Arguments, Command, Inspect};
 
-Usage: mh-hook [OPTIONS] COMMAND
-
-Commands:
-  up [IFNAME]            bring the interface's uplink to its desired state
-  down [IFNAME]          remove that uplink's entries, and nothing else
-  sync                   bring every uplink to what its link's state asks for
-  event pre-up|up|down ARGS...
-                         what pppd's hooks call, with all of pppd's arguments
-  status [NAME]          each uplink, its link, what stands, what it has seen
-  check                  what would keep this from working, and what mends it
-  explain CLIENT [PROTO/PORT]
-                         where a request of this address goes, and its reply
-
-IFNAME is taken from the environment where it is not given, the address of the
-link from --local, else from IPLOCAL in the environment, else from the kernel.
-A program of any name in ip-pre-up.d, ip-up.d or ip-down.d that is mh-hook, or a
-link to it, does the same as event.
-
-Options:
-      --config FILE  the configuration [default: /etc/mh-hook.toml]
-      --dry-run      print the plan as commands to be pasted, change nothing
-      --local ADDR   the link's address, with up
-      --uplink NAME  whose link it is, with up, where nothing else tells
-      --json         print JSON, with status, check and explain
-      --to WHERE     the uplink or address that is asked, with explain
-      --from-lan HOST
-                     the journey of this LAN host's own connection, with
-                     explain; its destination takes CLIENT's place
-  -v, --verbose      say what was looked at, too
-  -q, --quiet        say errors only
-  -h, --help         print this
-  -V, --version      print the version
-
-Exit status: 0 done, nothing to do, or not one of our interfaces; 1 the kernel
-could not be brought to the desired state, or status, check or explain found
-what is not well; 2 usage or configuration.
-";
-
-/// What the command line asks for.
-struct Arguments {
-    command: Command,
-    config_path: PathBuf,
-    mode: Mode,
-    level: LevelFilter,
-}
-
-enum Command {
-    Up {
-        interface: Option<OsString>,
-        uplink: Option<OsString>,
-        local: Option<OsString>,
-    },
-    Down {
-        interface: Option<OsString>,
-    },
-    Event {
-        direction: Direction,
-        args: Vec<OsString>,
-    },
-    Sync,
-    Look(Look, Form),
-    Print(String),
-}
-
-/// What only looks.
-enum Look {
-    Status(Option<OsString>),
-    Check,
-    Explain {
-        words: Vec<OsString>,
-        to: Option<OsString>,
-        from_lan: Option<OsString>,
-    },
-}
-
-/// Which exit status an error asks for.
+/// An error and the exit status that it asks for.
 enum Failure {
-    /// 1.
+    /// Exit status 1.
     Kernel(Error),
-    /// 2.
+    /// Exit status 2.
     Usage(Error),
 }
 
 fn main() -> ExitCode {
-    let arguments = match parse(env::args_os()) {
+    let arguments = match Arguments::parse(env::args_os()) {
         Ok(arguments) => arguments,
         Err(error) => {
-            mh_hook::runtime::log::init(LevelFilter::Info, false);
+            logger::init(LevelFilter::Info, false);
             error!("{error:#}; see mh-hook --help");
             return ExitCode::from(2);
         }
@@ -127,10 +51,10 @@ fn main() -> ExitCode {
             Err(_) => ExitCode::from(1),
         };
     }
-    mh_hook::runtime::log::init(arguments.level, arguments.level > LevelFilter::Info);
+    logger::init(arguments.level, arguments.level > LevelFilter::Info);
     let result = match arguments.command {
-        Command::Look(look, form) => look_at(look, form, &arguments.config_path),
-        _ => run(arguments).map(|()| true),
+        Command::Inspect(command, form) => inspect(command, form, &arguments.config_path),
+        _ => change(arguments).map(|()| true),
     };
     let (error, status) = match result {
         Ok(true) => return ExitCode::SUCCESS,
@@ -142,7 +66,7 @@ fn main() -> ExitCode {
     ExitCode::from(status)
 }
 
-/// Each problem of a configuration is a line of its own.
+/// Logs the error; each problem of a configuration on a line of its own.
 fn report(error: &Error) {
     match error.downcast_ref::<config::Errors>() {
         Some(errors) => errors.lines().for_each(|line| error!("{line}")),
@@ -150,14 +74,15 @@ fn report(error: &Error) {
     }
 }
 
-/// Prints what a person asks for, and says whether all is well.
-fn look_at(look: Look, form: Form, config_path: &Path) -> Result<bool, Failure> {
+/// Prints what `status`, `check` or `explain` finds. False if it is an error.
+fn inspect(command: Inspect, form: Form, config_path: &Path) -> Result<bool, Failure> {
     let config = Config::load(config_path);
-    let printed = match look {
-        Look::Check => Snapshot::read()
+    let printed = match command {
+        // It reports a broken configuration among its findings.
+        Inspect::Check => Snapshot::read()
             .and_then(|snapshot| check(&snapshot, config.as_ref()))
             .and_then(|check| print(&check, form)),
-        Look::Status(name) => {
+        Inspect::Status(name) => {
             let config = config.map_err(Failure::Usage)?;
             let name = name.map(|name| uplink(&config, &name)).transpose();
             let name = name.map_err(Failure::Usage)?;
@@ -165,7 +90,7 @@ fn look_at(look: Look, form: Form, config_path: &Path) -> Result<bool, Failure> 
                 .and_then(|snapshot| status(&snapshot, &config, name.as_ref()))
                 .and_then(|status| print(&status, form))
         }
-        Look::Explain {
+        Inspect::Explain {
             words,
             to,
             from_lan,
@@ -181,17 +106,18 @@ fn look_at(look: Look, form: Form, config_path: &Path) -> Result<bool, Failure> 
     printed.map_err(Failure::Kernel)
 }
 
-/// A configured uplink by its name.
+/// The configured uplink of this name.
 fn uplink(config: &Config, name: &OsStr) -> Result<UplinkName> {
     let name = UplinkName::parse(&name.to_string_lossy())?;
-    let known = config.uplinks.contains_key(&name);
-    known
+    let is_configured = config.uplinks.contains_key(&name);
+    is_configured
         .then(|| name.clone())
         .with_context(|| format!("there is no [uplink.{name}]"))
 }
 
-fn run(arguments: Arguments) -> Result<(), Failure> {
-    let follow = follow(&arguments);
+/// Carries out a command that may change the kernel.
+fn change(arguments: Arguments) -> Result<(), Failure> {
+    let follow_args = follow_args(&arguments);
     let request = request(arguments.command).map_err(Failure::Usage)?;
     if let Request::Event(Event {
         direction: Direction::Follow,
@@ -201,23 +127,13 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     {
         Link::wait(interface).map_err(Failure::Kernel)?;
     }
-    // Before anything runs; whether it lies in a LAN is the configuration's to say.
+    // An address that no link can have is refused before any tool runs; the LANs are checked once they are known.
     if let Some(local) = request.local() {
         check_local(local, &[]).map_err(Failure::Usage)?;
     }
-    // The configuration is read under the lock: whoever comes last has read it last.
+    // The configuration is read under the lock, so that the last call to run has read the newest one.
     let session = geteuid().is_root().then(|| Session::begin(arguments.mode));
-    let config = match Config::load(&arguments.config_path) {
-        Ok(config) => Some(config),
-        Err(error) if request.removes() => {
-            report(&error);
-            log::warn!(
-                "the configuration does not hold: only removing what the kernel's own entries tell"
-            );
-            None
-        }
-        Err(error) => return Err(Failure::Usage(error)),
-    };
+    let config = configuration(&arguments.config_path, &request)?;
     let mut is_ours = true;
     if let Some(config) = &config {
         if let Some(local) = request.local() {
@@ -229,21 +145,36 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         if !is_ours {
             return Ok(());
         }
-        let error =
-            anyhow!("must be root: the kernel's routing and iptables are to be read and changed");
+        let error = anyhow!("must be root to read and change the kernel's routing and iptables");
         return Err(Failure::Kernel(error));
     };
     let reconciled = session
         .with_context(|| request.to_string())
         .and_then(|session| reconcile(&request, config.as_ref(), arguments.mode, &session));
-    if let Some(args) = follow.filter(|_| is_ours && config.is_some()) {
+    if let Some(args) = follow_args.filter(|_| is_ours && config.is_some()) {
         start_self(&args).map_err(Failure::Kernel)?;
     }
     reconciled.map_err(Failure::Kernel)
 }
 
-/// The arguments for the call that follows this one, if it is pppd's `ip-pre-up`.
-fn follow(arguments: &Arguments) -> Option<Vec<OsString>> {
+/// The configuration. None if it is broken and the request only removes entries.
+fn configuration(path: &Path, request: &Request) -> Result<Option<Config>, Failure> {
+    match Config::load(path) {
+        Ok(config) => Ok(Some(config)),
+        Err(error) if request.removes() => {
+            report(&error);
+            warn!(
+                "the configuration has errors: only removing the entries that the kernel shows to be this link's"
+            );
+            Ok(None)
+        }
+        Err(error) => Err(Failure::Usage(error)),
+    }
+}
+
+/// The arguments of the background call that `ip-pre-up` starts and that waits for the link. None for any other call.
+/// pppd runs `ip-pre-up` each time, but skips `ip-up` while an earlier one still runs ([`Direction::Follow`]).
+fn follow_args(arguments: &Arguments) -> Option<Vec<OsString>> {
     let Command::Event {
         direction: Direction::PreUp,
         args,
@@ -262,6 +193,7 @@ fn follow(arguments: &Arguments) -> Option<Vec<OsString>> {
     (arguments.mode == Mode::Apply).then(|| all.collect())
 }
 
+/// The request that a command is, completed from the environment.
 fn request(command: Command) -> Result<Request> {
     let interface = |name: Option<OsString>| match name {
         Some(name) => IfName::parse(&name.to_string_lossy()),
@@ -273,7 +205,7 @@ fn request(command: Command) -> Result<Request> {
             uplink,
             local,
         } => {
-            let local: Option<Ipv4Addr> = match local {
+            let local = match local {
                 Some(text) => Some(event::address(&text).context("--local")?),
                 None => event::local_from_environment()?,
             };
@@ -288,107 +220,6 @@ fn request(command: Command) -> Result<Request> {
             interface: interface(name)?,
         },
         Command::Event { direction, args } => Request::Event(Event::from_pppd(direction, &args)?),
-        Command::Sync | Command::Look(..) | Command::Print(_) => Request::Sync,
+        Command::Sync | Command::Inspect(..) | Command::Print(_) => Request::Sync,
     })
-}
-
-fn parse(args: impl Iterator<Item = OsString>) -> Result<Arguments> {
-    let mut args = args.peekable();
-    let mut arguments = Arguments {
-        command: Command::Sync,
-        config_path: config::DEFAULT_PATH.into(),
-        mode: Mode::Apply,
-        level: LevelFilter::Info,
-    };
-    let program = args.peek().map(PathBuf::from).unwrap_or_default();
-    if let Some(direction) = Direction::from_folder(&program) {
-        // Whatever pppd's arguments look like, they are not options.
-        arguments.command = Command::Event {
-            direction,
-            args: args.skip(1).collect(),
-        };
-        return Ok(arguments);
-    }
-    let mut parser = lexopt::Parser::from_iter(args);
-    let mut words: Vec<OsString> = Vec::new();
-    let (mut local, mut uplink, mut to, mut from_lan) = (None, None, None, None);
-    let mut form = None;
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Arg::Long("config") => arguments.config_path = parser.value()?.into(),
-            Arg::Long("dry-run") => arguments.mode = Mode::DryRun,
-            Arg::Long("local") => local = Some(parser.value()?),
-            Arg::Long("uplink") => uplink = Some(parser.value()?),
-            Arg::Long("to") => to = Some(parser.value()?),
-            Arg::Long("from-lan") => from_lan = Some(parser.value()?),
-            Arg::Long("json") => form = Some(Form::Json),
-            Arg::Short('v') | Arg::Long("verbose") => arguments.level = LevelFilter::Debug,
-            Arg::Short('q') | Arg::Long("quiet") => arguments.level = LevelFilter::Error,
-            Arg::Short('h') | Arg::Long("help") => {
-                arguments.command = Command::Print(HELP.into());
-                return Ok(arguments);
-            }
-            Arg::Short('V') | Arg::Long("version") => {
-                arguments.command =
-                    Command::Print(format!("mh-hook {}\n", env!("CARGO_PKG_VERSION")));
-                return Ok(arguments);
-            }
-            Arg::Value(word) => {
-                words.push(word);
-                if words.len() == 2 && words[0] == "event" {
-                    words.extend(parser.raw_args()?);
-                }
-            }
-            Arg::Short(_) | Arg::Long(_) => return Err(arg.unexpected().into()),
-        }
-    }
-    let mut words = words.into_iter();
-    let command = words.next().context("no command")?;
-    arguments.command = match command.to_str() {
-        Some("up") => Command::Up {
-            interface: words.next(),
-            uplink: uplink.take(),
-            local: local.take(),
-        },
-        Some("down") => Command::Down {
-            interface: words.next(),
-        },
-        Some("sync") => Command::Sync,
-        Some("event") => {
-            let direction = words.next().context("event what? pre-up, up or down")?;
-            let direction = Direction::parse(&direction)
-                .with_context(|| format!("event {direction:?}: it is pre-up, up or down"))?;
-            Command::Event {
-                direction,
-                args: words.by_ref().collect(),
-            }
-        }
-        Some("status") => Command::Look(
-            Look::Status(words.next()),
-            form.take().unwrap_or(Form::Text),
-        ),
-        Some("check") => Command::Look(Look::Check, form.take().unwrap_or(Form::Text)),
-        Some("explain") => {
-            let look = Look::Explain {
-                words: words.by_ref().collect(),
-                to: to.take(),
-                from_lan: from_lan.take(),
-            };
-            Command::Look(look, form.take().unwrap_or(Form::Text))
-        }
-        _ => bail!("unknown command {command:?}"),
-    };
-    if let Some(word) = words.next() {
-        bail!("unexpected argument {word:?}");
-    }
-    if local.is_some() || uplink.is_some() {
-        bail!("--local and --uplink go with up");
-    }
-    if to.is_some() || from_lan.is_some() {
-        bail!("--to and --from-lan go with explain");
-    }
-    if form.is_some() {
-        bail!("--json goes with status, check and explain");
-    }
-    Ok(arguments)
 }

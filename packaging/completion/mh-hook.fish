@@ -51,7 +51,7 @@ complete -c mh-hook -l uplink -x -a '(__mh_hook_uplinks)' -d 'whose link it is, 
 complete -c mh-hook -l json -d 'print JSON, with status, check and explain'
 complete -c mh-hook -l to -x -a '(__mh_hook_uplinks)' -d 'the uplink or address that is asked, with explain'
 complete -c mh-hook -l from-lan -x -d "the LAN host whose own connection is meant, with explain"
-complete -c mh-hook -s v -l verbose -d 'say what was looked at, too'
-complete -c mh-hook -s q -l quiet -d 'say errors only'
+complete -c mh-hook -s v -l verbose -d 'also log what was already there'
+complete -c mh-hook -s q -l quiet -d 'log errors only'
 complete -c mh-hook -s h -l help -d 'print the help'
 complete -c mh-hook -s V -l version -d 'print the version'

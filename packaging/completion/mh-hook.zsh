@@ -37,8 +37,8 @@ _mh_hook() {
         '--json[print JSON, with status, check and explain]' \
         '--to[the uplink or address that is asked, with explain]:uplink:_mh_hook_uplinks' \
         "--from-lan[the LAN host whose own connection is meant, with explain]:host:" \
-        '(-v --verbose)'{-v,--verbose}'[say what was looked at, too]' \
-        '(-q --quiet)'{-q,--quiet}'[say errors only]' \
+        '(-v --verbose)'{-v,--verbose}'[also log what was already there]' \
+        '(-q --quiet)'{-q,--quiet}'[log errors only]' \
         '(- *)'{-h,--help}'[print the help]' \
         '(- *)'{-V,--version}'[print the version]' \
         '1: :->command' \

@@ -69,7 +69,7 @@ impl Snapshot {
         let other = tools.other().filter(|other| has_tables(other.backend));
         let other_ruleset = other.map(|other| -> Result<(Backend, Ruleset)> {
             let save = other.iptables_save(Counters::Shown)?;
-            Ok((other.backend, save.read_by(Ruleset::parse)?))
+            Ok((other.backend, Ruleset::parse(&save.answer()?)?))
         });
         let other_ruleset = other_ruleset.transpose()?.filter(|(_, it)| !it.is_empty());
         let mut rulesets = vec![(tools.backend, TracedRuleset::new(&kernel.ruleset))];

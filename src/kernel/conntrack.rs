@@ -1,4 +1,4 @@
-//! The language of conntrack, both directions: listing to flows, flows to what deletes them.
+//! Text of conntrack(8): parses its listing, and writes the arguments that delete connections.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,15 +13,15 @@ pub struct Flow {
     pub protocol: String,
     /// The protocol's number.
     pub number: u8,
-    /// As its first packet came.
+    /// The addresses and ports of the first packet, before NAT.
     pub original: Tuple,
-    /// As replies are expected: what NAT made of the other.
+    /// The addresses and ports of the replies that conntrack expects: those after NAT, reversed.
     pub reply: Tuple,
-    /// Whether packets of both directions have been seen.
+    /// Whether there were packets in both directions.
     pub is_replied: bool,
-    /// Its mark, all bits.
+    /// The connection mark, with the bits of everybody.
     pub mark: u32,
-    /// The bytes of both directions, where the kernel counted them (`nf_conntrack_acct`,
+    /// The bytes of both directions. None unless the kernel counts them (`nf_conntrack_acct`,
     /// Documentation/networking/nf_conntrack-sysctl.rst).
     pub bytes: Option<u64>,
     /// `type`, `code` and `id` of ICMP.
@@ -30,26 +30,23 @@ pub struct Flow {
 
 /// One direction of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Tuple {
-    /// Where it comes from.
     pub source: Ipv4Addr,
-    /// Where it goes.
     pub destination: Ipv4Addr,
-    /// The ports, source and destination, where the protocol has some.
+    /// The source and destination port. None if the protocol has no ports.
     pub ports: Option<(u16, u16)>,
 }
 
-/// The flows that `conntrack -L` lists; a line that is none is passed over, since others' helpers
-/// and zones add words of their own.
+/// Parses the output of `conntrack -L`. Skips a line that is not a flow of IPv4.
 pub fn parse(listing: &str) -> Vec<Flow> {
     listing.lines().filter_map(flow).collect()
 }
 
-/// The arguments that delete the condemned of these flows and no other, a line each. Each line makes
-/// conntrack list the whole table, so flows that differ by their source only share one, unless one
-/// of these is to live.
-pub fn deletions(flows: &[Flow], condemned: &[&Flow]) -> Vec<String> {
-    let alike = |flow: &Flow| {
+/// The lines of conntrack's arguments that delete the stale flows of these and no other ones. For each line, conntrack
+/// dumps the whole table. So one line deletes all flows that differ only by their source, if all of them are stale.
+pub fn deletions(flows: &[Flow], stale: &[&Flow]) -> Vec<String> {
+    let key = |flow: &Flow| {
         (
             flow.number,
             flow.original.destination,
@@ -58,15 +55,12 @@ pub fn deletions(flows: &[Flow], condemned: &[&Flow]) -> Vec<String> {
         )
     };
     let mut groups = BTreeMap::new();
-    for flow in condemned {
-        groups
-            .entry(alike(flow))
-            .or_insert_with(Vec::new)
-            .push(*flow);
+    for flow in stale {
+        groups.entry(key(flow)).or_insert_with(Vec::new).push(*flow);
     }
     let mut all = BTreeMap::new();
     for flow in flows {
-        *all.entry(alike(flow)).or_insert(0) += 1;
+        *all.entry(key(flow)).or_insert(0) += 1;
     }
     let lines = groups.into_iter().flat_map(|(key, group)| {
         if group.len() == 1 || all.get(&key) != Some(&group.len()) || group[0].icmp.is_some() {
@@ -81,30 +75,30 @@ pub fn deletions(flows: &[Flow], condemned: &[&Flow]) -> Vec<String> {
             original.destination,
             reply.source
         );
-        if let Some((asked, answered)) = ports(group[0]) {
-            line += &format!(" --dport {asked} --reply-port-src {answered}");
+        if let Some((requested, replying)) = ports(group[0]) {
+            line += &format!(" --dport {requested} --reply-port-src {replying}");
         }
         vec![line]
     });
     lines.collect()
 }
 
-/// The port that was asked for, and the one that answers.
+/// The port that the first packet was for, and the port that replies come from.
 fn ports(flow: &Flow) -> Option<(u16, u16)> {
     Some((flow.original.ports?.1, flow.reply.ports?.0))
 }
 
 impl Flow {
-    /// What of its first packet decides whether a forward takes it.
+    /// The first packet, for [`crate::model::forward::Forward::takes`].
     pub fn asked(&self) -> Asked {
         Asked {
             source: Some(self.original.source),
             protocol: self.number,
-            port: self.original.ports.map(|(_, asked)| asked),
+            port: self.original.ports.map(|(_, destination)| destination),
         }
     }
 
-    /// The protocol as conntrack takes it.
+    /// The protocol as an argument of `conntrack -p`.
     fn name(&self) -> String {
         match self.protocol.as_str() {
             "unknown" => self.number.to_string(),
@@ -118,8 +112,8 @@ fn flow(line: &str) -> Option<Flow> {
     let mut words = line.split_ascii_whitespace();
     let (protocol, number) = (words.next()?.to_owned(), words.next()?.parse().ok()?);
     let pairs: Vec<(&str, &str)> = words.filter_map(|word| word.split_once('=')).collect();
-    // What is said twice is said of the original direction first.
-    let said = |key: &str, index: usize| {
+    // The original direction comes first, then the reply direction.
+    let value_of = |key: &str, index: usize| {
         pairs
             .iter()
             .filter(|(name, _)| *name == key)
@@ -127,38 +121,38 @@ fn flow(line: &str) -> Option<Flow> {
             .map(|(_, value)| *value)
     };
     let tuple = |index| {
-        let ports = said("sport", index).zip(said("dport", index));
+        let ports = value_of("sport", index).zip(value_of("dport", index));
         let ports = ports.and_then(|(source, destination)| {
             Some((source.parse().ok()?, destination.parse().ok()?))
         });
         Some(Tuple {
-            source: said("src", index)?.parse().ok()?,
-            destination: said("dst", index)?.parse().ok()?,
+            source: value_of("src", index)?.parse().ok()?,
+            destination: value_of("dst", index)?.parse().ok()?,
             ports,
         })
     };
-    let number_of = |key| said(key, 0)?.parse().ok();
-    let bytes = [0, 1].map(|index| said("bytes", index)?.parse::<u64>().ok());
-    let icmp = number_of("type")
-        .zip(number_of("code"))
-        .zip(number_of("id"));
+    let icmp_field = |key| value_of(key, 0)?.parse().ok();
+    let bytes = [0, 1].map(|index| value_of("bytes", index)?.parse::<u64>().ok());
+    let icmp = icmp_field("type")
+        .zip(icmp_field("code"))
+        .zip(icmp_field("id"));
     Some(Flow {
         original: tuple(0)?,
         reply: tuple(1)?,
-        mark: said("mark", 0)
+        mark: value_of("mark", 0)
             .and_then(|mark| mark.parse().ok())
             .unwrap_or(0),
         is_replied: !line.contains("[UNREPLIED]"),
         bytes: bytes[0]
             .zip(bytes[1])
-            .map(|(there, back): (u64, u64)| there.saturating_add(back)),
+            .map(|(original, reply): (u64, u64)| original.saturating_add(reply)),
         icmp: icmp.map(|((kind, code), id)| [kind, code, id]),
         protocol,
         number,
     })
 }
 
-/// The arguments that delete this flow and no other: `-D -p udp -s … -d … --sport … --dport …`.
+/// The arguments that delete only this flow: `-D -p udp -s … -d … --sport … --dport …`.
 impl fmt::Display for Flow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tuple {

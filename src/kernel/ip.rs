@@ -1,4 +1,4 @@
-//! What `ip` answers: where the kernel sends a packet, and which lines of a batch have failed.
+//! Parses the output of `ip route get`, and what `ip -batch` prints on failure.
 
 use std::net::Ipv4Addr;
 
@@ -6,25 +6,25 @@ use anyhow::{Result, ensure};
 
 use crate::model::route::TableId;
 
-/// Where the kernel sends a packet: the answer to `ip route get`.
+/// The route that the kernel takes for a packet, as `ip route get` prints it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RouteLookup {
-    /// Whether the router keeps it for itself.
+    /// Whether the packet is delivered to the router itself.
     pub is_local: bool,
-    /// The link it leaves by.
+    /// The output interface.
     pub dev: String,
-    /// The next router; none where the destination is on the link.
+    /// The gateway. None if the destination is on the link.
     pub via: Option<String>,
-    /// The table that decided.
+    /// The routing table that the route is in.
     pub table: Option<TableId>,
-    /// The source that the kernel would choose.
+    /// The source address that the kernel would choose.
     pub source: Option<Ipv4Addr>,
 }
 
-/// `192.0.2.9 from 192.168.0.2 dev ppp0 table 10 mark 0xa`, `local 203.0.113.10 dev lo table 255 …`
+/// Parses `192.0.2.9 from 192.168.0.2 dev ppp0 table 10 mark 0xa`, `local 203.0.113.10 dev lo table 255 …`
 ///
 /// # Errors
-/// It names no link.
+/// It has no output interface.
 pub fn route_lookup(text: &str) -> Result<RouteLookup> {
     let line = text.lines().next().unwrap_or_default();
     let mut lookup = RouteLookup::default();
@@ -38,9 +38,9 @@ pub fn route_lookup(text: &str) -> Result<RouteLookup> {
         .next_if(|word| matches!(*word, "local" | "2" | "broadcast" | "3"))
         .is_some();
     words.next();
-    // Words and values in turn: a link may be called via, too.
-    while let Some((word, value)) = words.next().zip(words.next()) {
-        match word {
+    // Keys and values alternate: an interface may have the name "via".
+    while let Some((key, value)) = words.next().zip(words.next()) {
+        match key {
             "dev" => lookup.dev = value.to_owned(),
             "via" => lookup.via = Some(value.to_owned()),
             "table" => lookup.table = value.parse().ok().map(TableId),
@@ -50,13 +50,13 @@ pub fn route_lookup(text: &str) -> Result<RouteLookup> {
     }
     ensure!(
         !lookup.dev.is_empty(),
-        "read what ip route get answers: {line:?}"
+        "read what ip route get prints: {line:?}"
     );
     Ok(lookup)
 }
 
-/// The batch lines that failed, numbered from 1, each with ip's words ahead of it. Words that no
-/// line follows belong to line 0.
+/// The lines of a batch that failed, counted from 1, each with the error that `ip` printed for it. An error that no line
+/// number follows has line 0.
 pub fn failures(stderr: &str) -> Vec<(usize, String)> {
     let mut failures = Vec::new();
     let mut words = Vec::new();

@@ -1,7 +1,7 @@
-//! The one parser of iptables-save: everybody's rules. Ours are a filter of them (`reconcile::ownership`).
+//! The one parser of iptables-save, for everybody's rules; `reconcile::ownership` picks ours out of them. What can't be
+//! read is an error, and never taken for a table without rules.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::BufRead;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -13,32 +13,32 @@ use crate::model::netfilter::{Rule, Rules, is_before_name};
 pub struct Ruleset {
     /// Each table's chains, by name.
     pub tables: BTreeMap<String, BTreeMap<String, Chain>>,
-    /// Tables that are not listed, because a rule in them is not one of iptables: what they hold is not known.
+    /// Tables that iptables-save does not list, because nftables rules in them can't be written as iptables rules. What
+    /// they hold is unknown.
     pub incompatible: BTreeSet<String>,
 }
 
 /// A chain.
 #[derive(Clone, Debug, Default)]
 pub struct Chain {
-    /// What becomes of a packet at its end; none for a chain that somebody made.
+    /// The policy of a built-in chain: what happens to a packet at its end. None for a user-defined chain.
     pub policy: Option<String>,
-    /// Its rules, in order.
+    /// The rules in their order.
     pub rules: Rules,
-    /// What each of the rules has counted, in the same order.
+    /// The counters of each rule, in the same order.
     pub counters: Vec<Counter>,
 }
 
-/// Packets that a rule has matched; 0 where iptables-save was not asked for them.
+/// The packets that matched a rule. Zero unless `iptables-save -c` was asked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Counter {
-    /// The packets.
     pub packets: u64,
-    /// Their bytes.
     pub bytes: u64,
 }
 
 impl Counter {
-    /// Both together.
+    /// The sum of both.
     pub fn plus(self, other: Self) -> Self {
         Self {
             packets: self.packets + other.packets,
@@ -48,55 +48,56 @@ impl Counter {
 }
 
 impl Ruleset {
-    /// What `iptables-save`, or `iptables-save -c`, prints.
+    /// Parses the output of `iptables-save` or `iptables-save -c`.
     ///
     /// # Errors
-    /// It can't be read, has a line that iptables-save does not print, or is cut short.
-    pub fn parse(save: &mut dyn BufRead) -> Result<Self> {
+    /// A line that iptables-save does not print, or the output is cut short.
+    pub fn parse(save: &str) -> Result<Self> {
         let mut ruleset = Self::default();
         let mut table: Option<String> = None;
-        let mut bytes = Vec::new();
-        while next_line(save, &mut bytes)? {
-            // Names of interfaces can hold any byte.
-            let line = String::from_utf8_lossy(&bytes);
-            if line.is_empty() || line.starts_with('#') {
-                ruleset.incompatible.extend(incompatible(&line));
-                continue;
-            }
-            let read = match (&table, line.strip_prefix('*')) {
-                (None, Some(name)) => {
-                    ruleset.tables.entry(name.to_owned()).or_default();
-                    table = Some(name.to_owned());
-                    Ok(())
-                }
-                (Some(_), None) if line == "COMMIT" => {
-                    table = None;
-                    Ok(())
-                }
-                (Some(name), None) => {
-                    let chains = ruleset.tables.get_mut(name);
-                    add(&line, chains.expect("its first line made it"))
-                }
-                _ => Err(anyhow!("it is no line of iptables-save")),
-            };
-            read.with_context(|| {
-                let shown: String = line.chars().take(200).collect();
-                format!("read what iptables-save prints: {shown:?}")
-            })?;
+        let (mut line, mut rest) = ("", save);
+        while !rest.is_empty() {
+            (line, rest) = split_line(rest)?;
+            let added = ruleset.add(line, &mut table);
+            added.with_context(|| format!("read what iptables-save prints: {:?}", shown(line)))?;
         }
-        ensure!(
-            table.is_none(),
-            "iptables-save ended in the middle of a table"
-        );
+        if let Some(table) = table {
+            bail!(
+                "iptables-save ended in the middle of table {table}, after {:?}",
+                shown(line)
+            );
+        }
         Ok(ruleset)
     }
 
-    /// A chain.
+    /// Adds a line. `table` is the table that the line is in, and then the table that the next line is in.
+    fn add(&mut self, line: &str, table: &mut Option<String>) -> Result<()> {
+        if line.is_empty() || line.starts_with('#') {
+            self.incompatible.extend(incompatible(line));
+            return Ok(());
+        }
+        match (&table, line.strip_prefix('*')) {
+            (None, Some(name)) => {
+                self.tables.entry(name.to_owned()).or_default();
+                *table = Some(name.to_owned());
+            }
+            (Some(_), None) if line == "COMMIT" => *table = None,
+            (Some(name), None) => {
+                let chains = self.tables.get_mut(name);
+                add_to_table(line, chains.expect("the table's first line added it"))?;
+            }
+            (None, None) => bail!("this line is in no table"),
+            (Some(name), Some(_)) => bail!("table {name} has no COMMIT before this line"),
+        }
+        Ok(())
+    }
+
+    /// The chain of this name.
     pub fn chain(&self, table: &str, chain: &str) -> Option<&Chain> {
         self.tables.get(table)?.get(chain)
     }
 
-    /// Whether nobody has made a rule or a chain, or set a policy, as far as it is listed.
+    /// Whether it is known to be as empty as after a boot: no rules, no user-defined chains, all policies ACCEPT.
     pub fn is_empty(&self) -> bool {
         let mut chains = self.tables.values().flat_map(BTreeMap::values);
         self.incompatible.is_empty()
@@ -105,97 +106,282 @@ impl Ruleset {
     }
 }
 
-/// ``# Table `nat' is incompatible, use 'nft' tool.`` (`nft_is_table_compatible`, iptables/nft.c). Chains that are not
-/// iptables' own ("incompatible base-chains") do no harm: the others of the table are listed.
+/// The table in ``# Table `nat' is incompatible, use 'nft' tool.`` (`nft_is_table_compatible`, iptables/nft.c). None for
+/// ``# Table `nat' contains incompatible base-chains``: then the table's own chains are listed all the same.
 fn incompatible(comment: &str) -> Option<String> {
     let (name, rest) = comment.strip_prefix("# Table `")?.split_once('\'')?;
     rest.starts_with(" is incompatible")
         .then(|| name.to_owned())
 }
 
-/// Adds what a line of a table says: `:PREROUTING ACCEPT [0:0]`, `:mh-isp0 - [0:0]`,
-/// `[12:720] -A PREROUTING -i ppp0 -j mh-isp0`.
-fn add(line: &str, chains: &mut BTreeMap<String, Chain>) -> Result<()> {
-    if let Some(declared) = line.strip_prefix(':') {
-        let mut words = declared.split(' ');
-        let name = words.next().unwrap_or_default();
-        let policy = words.next().filter(|policy| *policy != "-");
+/// Adds a line of a table: `:PREROUTING ACCEPT [0:0]`, `:mh-isp0 - [0:0]`, or `[12:720] -A PREROUTING -i ppp0 -j mh-isp0`.
+fn add_to_table(line: &str, chains: &mut BTreeMap<String, Chain>) -> Result<()> {
+    if let Some(declaration) = line.strip_prefix(':') {
+        let (name, rest) = declaration.split_once(' ').context("it has no policy")?;
+        let policy = rest.split(' ').next().filter(|policy| *policy != "-");
         chains.entry(name.to_owned()).or_default().policy = policy.map(str::to_owned);
         return Ok(());
     }
-    let (counter, rest) = match line.strip_prefix('[') {
+    let (counter, rule) = match line.strip_prefix('[') {
         Some(rest) => {
-            let (counter, rest) = rest.split_once("] ").context("its counters have no end")?;
-            let (packets, bytes) = counter.split_once(':').context("it has one counter")?;
-            let counter = Counter {
-                packets: packets.parse()?,
-                bytes: bytes.parse()?,
-            };
-            (counter, rest)
+            let (counter, rule) = rest.split_once("] ").context("its counters have no end")?;
+            (parse_counter(counter)?, rule)
         }
         None => (Counter::default(), line),
     };
-    let Some(rest) = rest.strip_prefix("-A ") else {
-        bail!("it is neither a chain nor a rule");
-    };
-    let (name, text) = rest.split_once(' ').unwrap_or((rest, ""));
-    // A rule of a chain that was not declared does not happen, but a chain is made for it.
-    if !chains.contains_key(name) {
-        chains.insert(name.to_owned(), Chain::default());
-    }
-    let chain = chains.get_mut(name).expect("it is there");
+    let rule = rule.strip_prefix("-A ");
+    let rule = rule.context("it is neither a chain nor a rule")?;
+    let (name, text) = rule.split_once(' ').unwrap_or((rule, ""));
+    ensure!(!name.is_empty(), "it names no chain");
+    let chain = chains.entry(name.to_owned()).or_default();
     Rc::make_mut(&mut chain.rules).push(Rule::parse(text)?);
     chain.counters.push(counter);
     Ok(())
 }
 
-/// Reads the next line without its end, if there is one. iptables-save prints line ends in somebody's comment as they
-/// are, so a line goes on until its quotes are closed.
-fn next_line(save: &mut dyn BufRead, line: &mut Vec<u8>) -> Result<bool> {
-    line.clear();
-    let mut quotes = Quotes::default();
-    loop {
-        let start = line.len();
-        let length = save.read_until(b'\n', line);
-        if length.context("read what iptables-save prints")? == 0 {
-            let shown: String = String::from_utf8_lossy(line).chars().take(200).collect();
-            ensure!(
-                start == 0,
-                "iptables-save ended within the quotes of {shown:?}"
-            );
-            return Ok(false);
+/// `12:720`
+fn parse_counter(text: &str) -> Result<Counter> {
+    let numbers = text.split_once(':').and_then(|(packets, bytes)| {
+        Some(Counter {
+            packets: packets.parse().ok()?,
+            bytes: bytes.parse().ok()?,
+        })
+    });
+    numbers.context("its counters are not packets:bytes")
+}
+
+/// The first line, without its line end, and the text after it. A comment can hold line ends, which iptables-save prints
+/// as they are: a line goes on until its quotes are closed.
+fn split_line(text: &str) -> Result<(&str, &str)> {
+    let (line, rest) = text.split_once('\n').unwrap_or((text, ""));
+    if !line.starts_with(['-', '[']) || !line.contains('"') {
+        return Ok((line, rest));
+    }
+    let end = line_end(text.as_bytes()).ok_or_else(|| {
+        let line = shown(line);
+        anyhow!("read what iptables-save prints: {line:?}: it ended before a quote was closed")
+    })?;
+    Ok((&text[..end], text.get(end + 1..).unwrap_or_default()))
+}
+
+/// Where the first line ends. None if a quote is not closed. A quote opens at a word's start only, and never at the start
+/// of a name ([`is_before_name`]).
+fn line_end(text: &[u8]) -> Option<usize> {
+    let (mut last_word, mut start, mut at) = (0..0, 0, 0);
+    while at < text.len() {
+        match text[at] {
+            b'\n' => return Some(at),
+            b' ' => {
+                last_word = start..at;
+                start = at + 1;
+            }
+            b'"' if at == start && !is_before_name(&text[last_word.clone()]) => {
+                at += 1 + closing_quote(&text[at + 1..])?;
+                start = at + 1;
+            }
+            _ => {}
         }
-        let added = &line[start..];
-        if start > 0 || added.contains(&b'"') {
-            added.iter().for_each(|byte| quotes.read(*byte));
-        }
-        if !quotes.is_open {
-            line.pop_if(|byte| *byte == b'\n');
-            return Ok(true);
+        at += 1;
+    }
+    Some(at)
+}
+
+/// Where the first quote is that no backslash escapes.
+fn closing_quote(text: &[u8]) -> Option<usize> {
+    let mut is_escaped = false;
+    text.iter().position(|byte| {
+        let closes = *byte == b'"' && !is_escaped;
+        is_escaped = *byte == b'\\' && !is_escaped;
+        closes
+    })
+}
+
+/// As much of a line as an error quotes.
+fn shown(line: &str) -> String {
+    line.chars().take(200).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The words of the only rule in a filter table that lists this line.
+    fn words(line: &str) -> Vec<String> {
+        let ruleset = parse(&format!("*filter\n:FORWARD ACCEPT [0:0]\n{line}\nCOMMIT\n"));
+        let chain = ruleset.chain("filter", "FORWARD").expect("the chain");
+        assert_eq!(chain.rules.len(), 1, "{line}: {chain:?}");
+        chain.rules[0].words()
+    }
+
+    #[track_caller]
+    fn parse(save: &str) -> Ruleset {
+        Ruleset::parse(save).unwrap_or_else(|error| panic!("{error:#}: {save}"))
+    }
+
+    #[track_caller]
+    fn assert_refused(save: &str, expected: &[&str]) {
+        let error = format!("{:#}", Ruleset::parse(save).expect_err(save));
+        for words in expected {
+            assert!(error.contains(words), "{words:?} is not in: {error}");
         }
     }
-}
 
-/// Whether a quote is open. It opens at a word's start only, and not at that of a name, which iptables-save prints as it
-/// is.
-#[derive(Default)]
-struct Quotes {
-    is_open: bool,
-    is_escaped: bool,
-    word: Vec<u8>,
-    last_word: Vec<u8>,
-}
+    #[test]
+    fn tables_chains_policies_and_counters_are_read() {
+        let ruleset = parse(
+            "# Generated by iptables-save v1.8.9 on Fri Nov 27 06:00:00 2026\n\
+             *raw\n:PREROUTING ACCEPT [9:540]\nCOMMIT\n\
+             # Completed on Fri Nov 27 06:00:00 2026\n\
+             *filter\n:FORWARD DROP [0:0]\n:mine - [0:0]\n\
+             [12:720] -A FORWARD -j mine\n[0:0] -A FORWARD\nCOMMIT\n",
+        );
+        let names: Vec<&String> = ruleset.tables.keys().collect();
+        assert_eq!(names, ["filter", "raw"]);
+        let raw = ruleset.chain("raw", "PREROUTING").expect("it is declared");
+        assert_eq!(
+            (raw.policy.as_deref(), raw.rules.len()),
+            (Some("ACCEPT"), 0)
+        );
+        let mine = ruleset.chain("filter", "mine").expect("it is declared");
+        assert_eq!((&mine.policy, mine.rules.len()), (&None, 0));
+        let forward = ruleset.chain("filter", "FORWARD").expect("it is declared");
+        assert_eq!(forward.policy.as_deref(), Some("DROP"));
+        let rules: Vec<String> = forward.rules.iter().map(Rule::to_string).collect();
+        assert_eq!(rules, ["-j mine", ""]);
+        let counted = Counter {
+            packets: 12,
+            bytes: 720,
+        };
+        assert_eq!(forward.counters, [counted, Counter::default()]);
+        assert!(ruleset.chain("nat", "PREROUTING").is_none());
+    }
 
-impl Quotes {
-    fn read(&mut self, byte: u8) {
-        match byte {
-            _ if self.is_escaped => self.is_escaped = false,
-            b'\\' if self.is_open => self.is_escaped = true,
-            b'"' if self.is_open => self.is_open = false,
-            _ if self.is_open => {}
-            b'"' if self.word.is_empty() && !is_before_name(&self.last_word) => self.is_open = true,
-            b' ' => self.last_word = std::mem::take(&mut self.word),
-            byte => self.word.push(byte),
+    #[test]
+    fn only_policies_of_accept_and_nothing_else_are_empty() {
+        let table = |line: &str| format!("*nat\n:PREROUTING ACCEPT [1:60]\n{line}COMMIT\n");
+        assert!(parse("").is_empty());
+        assert!(parse(&table("")).is_empty());
+        for line in [
+            ":mine - [0:0]\n",
+            ":INPUT DROP [0:0]\n",
+            "-A PREROUTING -i ppp0\n",
+        ] {
+            assert!(!parse(&table(line)).is_empty(), "{line}");
         }
+        let incompatible = "# Table `nat' is incompatible, use 'nft' tool.\n";
+        assert!(!parse(incompatible).is_empty());
+    }
+
+    #[test]
+    fn a_quote_in_the_name_of_an_interface_or_chain_opens_nothing() {
+        for name in ["a\"b", "\"b", "a\"", "\"a\"", "\""] {
+            for option in ["-i", "-o", "-j", "-g"] {
+                let rule = format!("{option} {name} -m comment --comment \"a b\"");
+                let expected = [option, name, "-m", "comment", "--comment", "a b"];
+                assert_eq!(words(&format!("-A FORWARD {rule}")), expected);
+                assert_eq!(words(&format!("[1:2] -A FORWARD ! {rule}"))[1..], expected);
+            }
+            let save = format!("*nat\n:{name} - [0:0]\n-A {name} -j ACCEPT\nCOMMIT\n");
+            let ruleset = parse(&save);
+            assert_eq!(ruleset.chain("nat", name).expect("it").rules.len(), 1);
+        }
+    }
+
+    #[test]
+    fn a_comment_can_have_lines_quotes_and_backslashes() {
+        let comment = "-A FORWARD -m comment --comment";
+        for (quoted, expected) in [
+            (r#""several words""#, "several words"),
+            ("\"two\nlines\"", "two\nlines"),
+            ("\"\n\n-A FORWARD -j DROP\n\"", "\n\n-A FORWARD -j DROP\n"),
+            ("\"one\nCOMMIT\n*nat\"", "one\nCOMMIT\n*nat"),
+            (
+                r#""a \"quote\", a \\ and a \'""#,
+                r#"a "quote", a \ and a '"#,
+            ),
+            (r#""\\""#, r"\"),
+            ("\"\\\"\n\\\"\"", "\"\n\""),
+            (r#""""#, ""),
+        ] {
+            let words = words(&format!("{comment} {quoted} -j ACCEPT"));
+            assert_eq!(words[3..], [expected, "-j", "ACCEPT"], "{quoted}");
+        }
+    }
+
+    #[test]
+    fn an_older_iptables_save_quotes_plain_words_too() {
+        let plain = parse("*nat\n-A mh-isp0 -m comment --comment mh-isp0 -j ACCEPT\nCOMMIT\n");
+        let quoted = parse("*nat\n-A mh-isp0 -m comment --comment \"mh-isp0\" -j ACCEPT\nCOMMIT\n");
+        let rules = |ruleset: &Ruleset| ruleset.chain("nat", "mh-isp0").map(|it| it.rules.clone());
+        assert_eq!(rules(&quoted), rules(&plain));
+    }
+
+    #[test]
+    fn a_name_that_is_not_utf_8_stays_one_word() {
+        let line = String::from_utf8_lossy(b"-A FORWARD -i a\xff\"b -j ACCEPT").into_owned();
+        assert_eq!(words(&line)[1..], ["a\u{fffd}\"b", "-j", "ACCEPT"]);
+    }
+
+    #[test]
+    fn an_incompatible_table_is_named_and_incompatible_base_chains_are_not() {
+        let harmless =
+            "# Table `filter' contains incompatible base-chains, use 'nft' tool to list them.\n";
+        let ruleset = parse(&format!(
+            "# Table `nat' is incompatible, use 'nft' tool.\n\
+             *filter\n:FORWARD ACCEPT [0:0]\nCOMMIT\n{harmless}"
+        ));
+        assert_eq!(ruleset.incompatible, ["nat".to_owned()].into());
+        assert!(!ruleset.tables.contains_key("nat"));
+        assert!(ruleset.chain("filter", "FORWARD").is_some());
+    }
+
+    #[test]
+    fn what_is_cut_short_is_an_error() {
+        let whole = "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -m comment --comment \"a\nb\" -j ACCEPT\nCOMMIT\n";
+        parse(whole);
+        for end in 1..whole.len() - "\n".len() {
+            assert!(Ruleset::parse(&whole[..end]).is_err(), "{}", &whole[..end]);
+        }
+        assert_refused(
+            "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -s 192.0.2.",
+            &["in the middle of table nat", "-A PREROUTING -s 192.0.2."],
+        );
+        assert_refused(
+            "*nat\n-A PREROUTING -m comment --comment \"a\nCOMMIT\n",
+            &["a quote", "-A PREROUTING -m comment"],
+        );
+    }
+
+    #[test]
+    fn a_line_that_iptables_save_does_not_print_is_an_error_that_quotes_it() {
+        for line in [
+            "-A PREROUTING -j ACCEPT",
+            "COMMIT",
+            ":PREROUTING ACCEPT [0:0]",
+            "iptables-save: error",
+        ] {
+            assert_refused(&format!("{line}\n*nat\nCOMMIT\n"), &[line]);
+        }
+        for line in [
+            "*mangle",
+            "-D PREROUTING -j ACCEPT",
+            "-A",
+            "-A  -j ACCEPT",
+            ":PREROUTING",
+            "[1:2 -A PREROUTING",
+            "[1] -A PREROUTING",
+            "[1:x] -A PREROUTING",
+            "[-1:2] -A PREROUTING",
+            "[1:2] :PREROUTING ACCEPT",
+            "COMMIT ",
+            " -A PREROUTING",
+            "table ip nat {",
+        ] {
+            assert_refused(&format!("*nat\n{line}\nCOMMIT\n"), &[line]);
+        }
+        // A hostile line does not fill the log.
+        let long = "x".repeat(1 << 20);
+        let error = Ruleset::parse(&long).expect_err("it is in no table");
+        assert!(format!("{error:#}").len() < 1000);
     }
 }

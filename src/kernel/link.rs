@@ -1,4 +1,4 @@
-//! Interfaces as they are now: up or not, addresses, MTU. Read without a process, so that they can be read again after a
+//! Interfaces: up or down, addresses, MTU, `src_valid_mark`. Spawns no process, since they are read again after each
 //! change.
 
 use std::collections::BTreeMap;
@@ -11,22 +11,22 @@ use anyhow::Result;
 use crate::kernel::netlink;
 use crate::model::names::IfName;
 
-/// How long a link may take from pppd's `ip-pre-up` until it is up: other hooks run there, too.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a link may take from pppd's `ip-pre-up` until it is up. All hooks in ip-pre-up.d run in that time.
+const UP_LIMIT: Duration = Duration::from_secs(10);
 
 /// An interface that exists.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {
-    /// `IFF_UP`: pppd sets it when IPCP is through and clears it when the link ends (`sifup`,
+    /// `IFF_UP`: pppd sets it when IPCP has finished, and clears it when the link ends (`sifup`,
     /// `sifdown` in pppd's sys-linux.c).
     pub up: bool,
-    /// Its MTU, in bytes, where the kernel tells.
+    /// The MTU in bytes.
     pub mtu: Option<u32>,
-    /// Its IPv4 addresses, in the kernel's order.
+    /// The IPv4 addresses, in the kernel's order.
     pub addresses: Vec<Ipv4Addr>,
-    /// For how long it has had each of them.
+    /// How long ago each of the addresses was added.
     pub ages: Vec<Duration>,
-    /// Its own `src_valid_mark` (Documentation/networking/ip-sysctl.rst).
+    /// The interface's own `src_valid_mark` (Documentation/networking/ip-sysctl.rst).
     pub src_valid_mark: bool,
 }
 
@@ -34,24 +34,21 @@ pub struct Link {
 pub type Links = BTreeMap<String, Link>;
 
 impl Link {
-    /// All interfaces by name.
+    /// Reads all interfaces.
     ///
     /// # Errors
-    /// The kernel can't be asked.
+    /// The netlink dump fails.
     pub fn all() -> Result<Links> {
-        // The addresses first: one of an interface that has gone meanwhile has no place then.
+        // The addresses first: those of an interface that is deleted meanwhile are then left out.
         let addresses = netlink::addresses()?;
         let links = netlink::interfaces()?.into_iter().map(|interface| {
-            let own = || {
-                let mut own = addresses.iter();
-                let is_own = move |address: &&netlink::Address| address.index == interface.index;
-                std::iter::from_fn(move || own.find(is_own))
-            };
+            let own = addresses.iter();
+            let own = own.filter(|address| address.index == interface.index);
             let link = Self {
                 up: interface.up,
                 mtu: interface.mtu,
-                addresses: own().map(|address| address.address).collect(),
-                ages: own().map(|address| address.age).collect(),
+                addresses: own.clone().map(|address| address.address).collect(),
+                ages: own.map(|address| address.age).collect(),
                 src_valid_mark: interface.src_valid_mark,
             };
             (interface.name, link)
@@ -59,37 +56,36 @@ impl Link {
         Ok(links.collect())
     }
 
-    /// The interface as it is, or none.
+    /// Reads the interface. None if there is no such interface.
     ///
     /// # Errors
-    /// The kernel can't be asked.
+    /// The netlink dump fails.
     pub fn read(interface: &IfName) -> Result<Option<Self>> {
         Ok(Self::all()?.remove(interface.as_str()))
     }
 
-    /// For how long it has had an address.
+    /// How long ago this address was added. None if the interface does not have it.
     pub fn age(&self, address: Ipv4Addr) -> Option<Duration> {
         let mut both = self.addresses.iter().zip(&self.ages);
         both.find(|(own, _)| **own == address).map(|(_, age)| *age)
     }
 
-    /// Waits until the interface is up, for a while.
+    /// Waits until the interface is up, or [`UP_LIMIT`] has passed.
     ///
     /// # Errors
-    /// The kernel can't be asked.
+    /// The netlink dump fails.
     pub fn wait(interface: &IfName) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + UP_LIMIT;
         while Instant::now() < deadline && !Self::read(interface)?.is_some_and(|link| link.up) {
             sleep(Duration::from_millis(20));
         }
         Ok(())
     }
 
-    /// The address that entries should be for: the first of `preferred` that it has, else its first.
+    /// The address to make entries for: the first of `preferred` that the interface has, else its first address.
     pub fn address(&self, preferred: impl IntoIterator<Item = Ipv4Addr>) -> Option<Ipv4Addr> {
-        let wanted = preferred
-            .into_iter()
-            .find(|address| self.addresses.contains(address));
-        wanted.or(self.addresses.first().copied())
+        let mut preferred = preferred.into_iter();
+        let found = preferred.find(|address| self.addresses.contains(address));
+        found.or(self.addresses.first().copied())
     }
 }

@@ -1,4 +1,4 @@
-//! What the kernel and the tools say and do. Nothing in this folder decides.
+//! Reads and changes the kernel, directly or by tools. Nothing in this folder decides what to change.
 
 pub mod conntrack;
 pub mod ip;

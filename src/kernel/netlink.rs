@@ -1,5 +1,5 @@
-//! Asks the kernel by netlink(7), without a process: dumps of any kind, interfaces, addresses, and whether nf_tables has
-//! tables of iptables.
+//! Dumps by netlink(7): interfaces, addresses, whether nf_tables has tables of iptables, and the primitives for other
+//! dumps. Spawns no process.
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -21,13 +21,13 @@ use nix::time::{ClockId, clock_gettime};
 // linux/netlink.h
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_DUMP: u16 = 0x300;
-/// The entries changed while they were told.
+/// The entries changed during the dump.
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 /// The bytes of a `nlmsghdr`: length, type, flags, sequence number, port.
 const HEADER: usize = 16;
-/// The others say how the value is laid out.
+/// The other bits are flags (`NLA_F_NESTED`, `NLA_F_NET_BYTEORDER`).
 const NLA_TYPE_MASK: u16 = 0x3fff;
 
 // linux/if.h, if_link.h
@@ -40,21 +40,22 @@ const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INET_CONF: u16 = 1;
 
 // linux/ip.h
-/// The place of `src_valid_mark` among an interface's parameters, from 0 (`IPV4_DEVCONF_SRC_VMARK`).
+/// The index of `src_valid_mark` among the parameters in `IFLA_INET_CONF`, from 0: `IPV4_DEVCONF_SRC_VMARK` - 1.
 const SRC_VMARK: usize = 23;
 
 // linux/if_addr.h
-/// The bytes of an `ifaddrmsg`: family, prefix length, flags, scope, the link's index.
+/// The bytes of an `ifaddrmsg`: family, prefix length, flags, scope, interface index.
 const ADDRESS: usize = 8;
 
-// linux/netfilter/nfnetlink.h, nf_tables.h: the subsystem in the upper byte
+// linux/netfilter/nfnetlink.h, nf_tables.h: the upper byte is the subsystem
 const NFT_NEWTABLE: u16 = 10 << 8;
 const NFT_GETTABLE: u16 = 10 << 8 | 1;
 /// The bytes of an `nfgenmsg`: family, version, resource.
 const NFGENMSG: usize = 4;
 const NFTA_TABLE_NAME: u16 = 1;
 
-/// Whether the kernel heeds all that a question says, and tells no more than is asked (netlink(7)).
+/// The kernel filters a dump by the fields of the request, and refuses a request with fields that it does not know
+/// (netlink(7)).
 #[derive(Clone, Copy, Debug)]
 struct StrictCheck;
 
@@ -66,36 +67,35 @@ setsockopt_impl!(
     sockopt::SetBool
 );
 
-/// More than one message of a dump takes (`NLMSG_GOODSIZE`, linux/netlink.h).
+/// The kernel sends a dump in parts of up to this many bytes (`netlink_recvmsg`, net/netlink/af_netlink.c).
 const BUFFER: usize = 32 << 10;
 
-/// The most that the kernel may let us wait, in seconds: it answers while it is asked.
-const PATIENCE: i64 = 5;
+/// How long the kernel may take for a part of a dump, in seconds.
+const TIMEOUT: i64 = 5;
 
-/// How often entries that change while they are told are asked for again.
+/// How often a dump is tried while the entries change.
 const TRIES: usize = 20;
 
 /// An interface.
 #[derive(Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Interface {
-    /// Its number.
     pub index: u32,
-    /// Its name.
     pub name: String,
-    /// Whether it is up (`IFF_UP`, linux/if.h).
+    /// `IFF_UP`, linux/if.h.
     pub up: bool,
-    /// Its MTU, in bytes.
+    /// In bytes.
     pub mtu: Option<u32>,
-    /// Its own `src_valid_mark` (Documentation/networking/ip-sysctl.rst).
+    /// The interface's own value, without that of `all` (Documentation/networking/ip-sysctl.rst).
     pub src_valid_mark: bool,
 }
 
 /// An IPv4 address of an interface.
 #[derive(Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Address {
-    /// The interface's number. The label, which getifaddrs(3) gives for its name, can be that of another.
+    /// The interface's index. The address's label, which getifaddrs(3) returns as the interface's name, need not be it.
     pub index: u32,
-    /// The address.
     pub address: Ipv4Addr,
     /// How long ago it was added.
     pub age: Duration,
@@ -104,7 +104,7 @@ pub struct Address {
 /// All interfaces.
 ///
 /// # Errors
-/// The kernel can't be asked, or refuses.
+/// The dump fails.
 pub fn interfaces() -> Result<Vec<Interface>> {
     let protocol = SockProtocol::NetlinkRoute;
     let interfaces = dump(protocol, [RTM_GETLINK, RTM_NEWLINK], &mut [0; INTERFACE])
@@ -118,21 +118,21 @@ pub fn interfaces() -> Result<Vec<Interface>> {
 /// All IPv4 addresses, in the kernel's order.
 ///
 /// # Errors
-/// The kernel can't be asked, or refuses.
+/// The dump fails.
 pub fn addresses() -> Result<Vec<Address>> {
     let protocol = SockProtocol::NetlinkRoute;
     let addresses = dump(protocol, [RTM_GETADDR, RTM_NEWADDR], &mut [0; ADDRESS])
         .context("ask for the addresses (netlink)")?;
-    // What the kernel stamps is its ticks, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
+    // The kernel's timestamps count jiffies, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
     let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
     let addresses = addresses.iter();
     Ok(addresses.filter_map(|body| address(body, now)).collect())
 }
 
-/// Whether iptables-nft may have rules: whether nf_tables has one of the tables that it makes.
+/// Whether nf_tables has a table of the name of one of iptables-nft.
 ///
 /// # Errors
-/// The kernel can't be asked, or refuses.
+/// The dump fails.
 pub fn nft_tables() -> Result<bool> {
     let protocol = SockProtocol::NetlinkNetFilter;
     let tables = dump(protocol, [NFT_GETTABLE, NFT_NEWTABLE], &mut [0; NFGENMSG])
@@ -144,39 +144,39 @@ pub fn nft_tables() -> Result<bool> {
     }))
 }
 
-/// Asks for all entries of a kind, of IPv4, and gives each message's body: what is fixed of its kind, and attributes.
-/// `fixed` is that part of the question; it begins with the family.
+/// Dumps all IPv4 entries of a kind. Returns the body of each reply: a header that depends on the kind, and attributes.
+/// `header` is that header for the request; its first byte is the family, which is set here.
 ///
 /// # Errors
-/// The kernel can't be asked, or refuses, or the entries keep changing.
+/// The kernel does not answer, refuses, or the entries keep changing during the dump.
 pub fn dump(
     protocol: SockProtocol,
-    [question, answer]: [u16; 2],
-    fixed: &mut [u8],
+    [request_kind, reply_kind]: [u16; 2],
+    header: &mut [u8],
 ) -> Result<Vec<Vec<u8>>> {
-    fixed[0] = AddressFamily::Inet as u8;
+    header[0] = AddressFamily::Inet as u8;
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
-    let patience = TimeVal::seconds(PATIENCE);
-    setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
-    // Before Linux 4.20 there is no such thing, and others' entries come along.
+    let timeout = TimeVal::seconds(TIMEOUT);
+    setsockopt(&socket, sockopt::ReceiveTimeout, &timeout)?;
+    // Linux before 4.20 has no such option, and dumps the entries of all protocols.
     let _ = setsockopt(&socket, StrictCheck, &true);
     let mut buffer = vec![0; BUFFER];
     for _ in 0..TRIES {
         send(
             socket.as_raw_fd(),
-            &message(question, fixed),
+            &request(request_kind, header),
             MsgFlags::empty(),
         )?;
-        if let Some(bodies) = receive(&socket, answer, &mut buffer)? {
+        if let Some(bodies) = receive(&socket, reply_kind, &mut buffer)? {
             return Ok(bodies);
         }
     }
-    bail!("they keep changing")
+    bail!("the entries keep changing")
 }
 
-/// The bodies of a dump; none of one that is not whole, since the entries changed meanwhile.
-fn receive(socket: &OwnedFd, answer: u16, buffer: &mut [u8]) -> Result<Option<Vec<Vec<u8>>>> {
+/// The bodies of a dump. None if the entries changed during the dump, so that some may be missing.
+fn receive(socket: &OwnedFd, reply_kind: u16, buffer: &mut [u8]) -> Result<Option<Vec<Vec<u8>>>> {
     let mut bodies = Vec::new();
     let mut is_whole = true;
     loop {
@@ -186,33 +186,33 @@ fn receive(socket: &OwnedFd, answer: u16, buffer: &mut [u8]) -> Result<Option<Ve
             is_whole &= flags & NLM_F_DUMP_INTR == 0;
             match kind {
                 NLMSG_DONE | NLMSG_ERROR => {
-                    // An error's number, below 0; none is 0.
+                    // 0, or a negative errno.
                     let number = u32_at(body, 0).unwrap_or_default().cast_signed();
                     ensure!(number >= 0, "{}", Errno::from_raw(-number));
                     return Ok(Some(bodies).filter(|_| is_whole));
                 }
-                kind if kind == answer => bodies.push(body.to_vec()),
+                kind if kind == reply_kind => bodies.push(body.to_vec()),
                 _ => {}
             }
         }
     }
 }
 
-/// The question for all entries of a kind.
-fn message(kind: u16, fixed: &[u8]) -> Vec<u8> {
+/// The request for a dump. The sequence number and port may be 0 (netlink(7)).
+fn request(kind: u16, header: &[u8]) -> Vec<u8> {
     let mut message = Vec::new();
-    let length = u32::try_from(HEADER + fixed.len()).expect("it is short");
+    let length = u32::try_from(HEADER + header.len()).expect("the header is short");
     message.extend(length.to_ne_bytes());
     message.extend(kind.to_ne_bytes());
     message.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
     message.extend([0; 8]);
-    message.extend(fixed);
+    message.extend(header);
     message
 }
 
-/// The attributes behind what is fixed of a body: their types and values.
-pub fn attributes(body: &[u8], fixed: usize) -> impl Iterator<Item = (u16, &[u8])> {
-    let mut rest = body.get(fixed..).unwrap_or_default();
+/// The types and values of the attributes after a body's header of this many bytes.
+pub fn attributes(body: &[u8], header: usize) -> impl Iterator<Item = (u16, &[u8])> {
+    let mut rest = body.get(header..).unwrap_or_default();
     std::iter::from_fn(move || {
         let (length, kind) = (usize::from(u16_at(rest, 0)?), u16_at(rest, 2)?);
         let value = rest.get(4..length)?;
@@ -221,19 +221,20 @@ pub fn attributes(body: &[u8], fixed: usize) -> impl Iterator<Item = (u16, &[u8]
     })
 }
 
-/// The attribute of this type among those that an attribute holds.
-fn nested(value: &[u8], wanted: u16) -> Option<&[u8]> {
+/// The value of the attribute of this type that is nested in an attribute's value.
+fn nested(value: &[u8], searched: u16) -> Option<&[u8]> {
     let mut inner = attributes(value, 0);
-    inner.find_map(|(kind, value)| (kind == wanted).then_some(value))
+    inner.find_map(|(kind, value)| (kind == searched).then_some(value))
 }
 
-/// A message of the kernel's.
+/// A message from the kernel.
 struct Message<'a> {
     kind: u16,
     flags: u16,
     body: &'a [u8],
 }
 
+/// Takes the next message off the bytes that are left.
 fn next_message<'a>(rest: &mut &'a [u8]) -> Option<Message<'a>> {
     let length = usize::try_from(u32_at(rest, 0)?).ok()?;
     let message = Message {
@@ -271,9 +272,10 @@ fn interface(body: &[u8]) -> Option<Interface> {
 }
 
 fn address(body: &[u8], now: Duration) -> Option<Address> {
-    let attribute = |wanted| attributes(body, ADDRESS).find(|(kind, _)| *kind == wanted);
+    let attribute = |searched| attributes(body, ADDRESS).find(|(kind, _)| *kind == searched);
     let (_, local) = attribute(IFA_LOCAL)?;
-    // Preferred and valid for how long, added and changed when: in hundredths of a second since the start.
+    // `ifa_cacheinfo`: preferred and valid lifetime, then when it was added (`cstamp`) and changed, in hundredths of a
+    // second since boot.
     let (_, times) = attribute(IFA_CACHEINFO)?;
     Some(Address {
         index: u32_at(body, 4)?,
@@ -282,34 +284,34 @@ fn address(body: &[u8], now: Duration) -> Option<Address> {
     })
 }
 
-/// An address as an attribute has it.
+/// Parses the value of an address attribute.
 pub fn ipv4(value: &[u8]) -> Option<Ipv4Addr> {
     <[u8; 4]>::try_from(value).ok().map(Ipv4Addr::from)
 }
 
-/// A name as an attribute has it. That of an interface can hold any byte.
+/// Parses the value of a name attribute. An interface's name can hold any byte.
 pub fn text(value: &[u8]) -> String {
     let name = value.strip_suffix(b"\0").unwrap_or(value);
     String::from_utf8_lossy(name).into_owned()
 }
 
-/// The stamp has 32 bits, and starts anew after 497 days.
+/// The time since a timestamp of 32 bits, which wraps around after 497 days.
 fn age(now: Duration, stamp: u32) -> Duration {
     let now = now.as_millis() / 10 % (1 << 32);
     let now = u32::try_from(now).expect("it has 32 bits");
     let passed = now.wrapping_sub(stamp);
-    // A tick may count as the one that follows.
+    // Rounding can put the timestamp a little after now.
     let passed = if passed > u32::MAX - 100 { 0 } else { passed };
     Duration::from_millis(u64::from(passed) * 10)
 }
 
-/// The number at this place.
+/// The number in native byte order at this offset.
 pub fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
     let bytes = bytes.get(offset..offset + 2)?;
     bytes.try_into().ok().map(u16::from_ne_bytes)
 }
 
-/// The number at this place.
+/// The number in native byte order at this offset.
 pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     let bytes = bytes.get(offset..offset + 4)?;
     bytes.try_into().ok().map(u32::from_ne_bytes)
@@ -320,8 +322,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_address_has_the_age_of_its_stamp_even_where_that_started_anew() {
-        let hundredths = |n: u64| Duration::from_millis(n * 10);
+    fn the_age_of_an_address_is_right_after_the_timestamp_wraps_around() {
+        let hundredths = |count: u64| Duration::from_millis(count * 10);
         assert_eq!(age(hundredths(5000), 2000), hundredths(3000));
         assert_eq!(
             age(hundredths((1 << 32) + 700), u32::MAX - 299),
@@ -331,21 +333,21 @@ mod tests {
     }
 
     #[test]
-    fn a_message_cut_short_is_none() {
-        let question = message(RTM_GETADDR, &[0; ADDRESS]);
-        assert!(next_message(&mut &question[..20]).is_none());
-        let mut rest: &[u8] = &question;
+    fn a_message_that_is_cut_short_is_not_parsed() {
+        let request = request(RTM_GETADDR, &[0; ADDRESS]);
+        assert!(next_message(&mut &request[..20]).is_none());
+        let mut rest: &[u8] = &request;
         let first = next_message(&mut rest).expect("one message");
         assert_eq!(
             (first.kind, first.body.len(), rest.len()),
             (RTM_GETADDR, ADDRESS, 0)
         );
-        // An attribute that is longer than the message.
+        // An attribute that is longer than its message.
         assert_eq!(
             address(&[0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 2, 0, 1], Duration::ZERO),
             None
         );
-        // An attribute without a length must end the walk.
+        // An attribute of length 0 ends the loop over the attributes.
         assert_eq!(address(&[0; 16], Duration::ZERO), None);
     }
 }

@@ -1,4 +1,5 @@
-//! What the kernel holds, everybody's: rules, routes and links by netlink, iptables by iptables-save.
+//! Reads all of the kernel's state that matters, everybody's entries: ip rules, routes and links by netlink, iptables
+//! rules by iptables-save.
 
 use std::fs;
 use std::path::Path;
@@ -11,37 +12,37 @@ use crate::kernel::netlink;
 use crate::kernel::routing::{RoutingDump, Whose};
 use crate::kernel::tools::{Backend, Counters, Tools};
 
-/// What the kernel holds at one instant.
+/// The kernel's state, read at about one instant.
 #[derive(Clone, Debug, Default)]
 pub struct Kernel {
-    /// Rules and routes.
+    /// The ip rules and routes.
     pub routing: RoutingDump,
-    /// The tables of iptables, of the backend in use.
+    /// The iptables tables of the backend in use.
     pub ruleset: Ruleset,
     /// The interfaces.
     pub links: Links,
 }
 
 impl Kernel {
-    /// Reads it, while iptables-save lists.
+    /// Reads the kernel's state; asks netlink while iptables-save runs.
     ///
     /// # Errors
-    /// The kernel can't be asked, a tool fails, or one of them says what can't be read.
+    /// A netlink dump or iptables-save fails, or prints what can't be parsed.
     pub fn read(tools: &Tools, whose: Whose, counters: Counters) -> Result<Self> {
         let save = tools.iptables_save(counters)?;
         Ok(Self {
             routing: RoutingDump::read(whose)?,
             links: Link::all()?,
-            ruleset: save.read_by(Ruleset::parse)?,
+            ruleset: Ruleset::parse(&save.answer()?)?,
         })
     }
 }
 
-/// Whether a backend may have entries: without asking its tool, which would cost a process, and make
-/// tables where there are none.
+/// Whether a backend may have iptables rules. Does not run iptables-save, which would create the tables that are
+/// missing.
 pub fn has_tables(backend: Backend) -> bool {
     match backend {
-        // One name a line, empty without any; missing where the kernel has no legacy backend.
+        // One table a line. There is no such file unless the kernel has the legacy backend.
         Backend::Legacy => {
             fs::read("/proc/net/ip_tables_names").is_ok_and(|names| !names.is_empty())
         }
@@ -49,7 +50,7 @@ pub fn has_tables(backend: Backend) -> bool {
     }
 }
 
-/// Whether a part of netfilter is a module that nobody has needed yet: asking it would load it.
+/// Whether a part of netfilter is a module that is not loaded. A netlink request would load it.
 fn is_unloaded(module: &str) -> bool {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let path = format!(

@@ -1,5 +1,5 @@
-//! The one reader of the kernel's routing: everybody's rules and routes, as netlink tells them (rtnetlink(7)).
-//! Asking `ip` would cost a process, and what it prints has another form in another version.
+//! The one reader of ip rules and routes, everybody's, by rtnetlink(7). Running `ip` would cost a process, and its output
+//! differs between versions.
 
 use std::fmt;
 
@@ -23,7 +23,7 @@ const ROUTE: usize = 12;
 const RTNH_F_ONLINK: u32 = 4;
 
 // linux/fib_rules.h
-/// The bytes of a `fib_rule_hdr`: family, lengths of destination and source, TOS, table, two of no use, action, flags.
+/// The bytes of a `fib_rule_hdr`: family, lengths of destination and source, TOS, table, two reserved, action, flags.
 const RULE: usize = 12;
 const FIB_RULE_INVERT: u32 = 2;
 const FR_ACT_TO_TBL: u8 = 1;
@@ -45,29 +45,29 @@ const FRA_IP_PROTO: u16 = 22;
 const FRA_SPORT_RANGE: u16 = 23;
 const FRA_DPORT_RANGE: u16 = 24;
 
-/// Whose routes are asked for. Of everybody's there may be a million.
+/// Whose routes to dump. A router with a full BGP table has a million of others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub enum Whose {
-    /// Ours: those of our protocol number.
+    /// Those with our protocol number.
     Ours,
-    /// Everybody's.
     Everybodys,
 }
 
-/// Rules and routes, in the kernel's order.
+/// The ip rules and routes, in the kernel's order.
 #[derive(Clone, Debug, Default)]
 pub struct RoutingDump {
-    /// The rules, everybody's.
+    /// Everybody's ip rules.
     pub rules: Vec<RouteRule>,
     /// The routes of all tables.
     pub routes: Vec<Route>,
 }
 
 impl RoutingDump {
-    /// Asks the kernel.
+    /// Dumps everybody's rules, and ours or everybody's routes.
     ///
     /// # Errors
-    /// The kernel can't be asked, or refuses, or says what can't be read.
+    /// A dump fails, or has an entry that can't be parsed.
     pub fn read(whose: Whose) -> Result<Self> {
         Ok(Self {
             rules: rules()?,
@@ -79,26 +79,27 @@ impl RoutingDump {
 fn rules() -> Result<Vec<RouteRule>> {
     let protocol = SockProtocol::NetlinkRoute;
     let all = dump(protocol, [RTM_GETRULE, RTM_NEWRULE], &mut [0; RULE]).context(
-        "ask for the routing rules (netlink), for which the kernel needs CONFIG_IP_MULTIPLE_TABLES",
+        "dump the ip rules (netlink), for which the kernel needs CONFIG_IP_MULTIPLE_TABLES",
     )?;
     all.iter()
-        .map(|body| rule(body).with_context(|| format!("read a routing rule: {body:02x?}")))
+        .map(|body| rule(body).with_context(|| format!("parse an ip rule: {body:02x?}")))
         .collect()
 }
 
 fn routes(whose: Whose) -> Result<Vec<Route>> {
     let protocol = SockProtocol::NetlinkRoute;
-    let mut question = [0; ROUTE];
+    let mut header = [0; ROUTE];
     if whose == Whose::Ours {
-        question[5] = PROTOCOL;
+        header[5] = PROTOCOL;
     }
-    let all = dump(protocol, [RTM_GETROUTE, RTM_NEWROUTE], &mut question)
-        .context("ask for the routes (netlink)")?;
-    // Before Linux 4.20 the kernel tells all of them whatever is asked.
-    let asked = |body: &&Vec<u8>| whose == Whose::Everybodys || body.get(5) == Some(&PROTOCOL);
+    let all = dump(protocol, [RTM_GETROUTE, RTM_NEWROUTE], &mut header)
+        .context("dump the routes (netlink)")?;
+    // Linux before 4.20 ignores the protocol in the request.
+    let is_asked_for =
+        |body: &&Vec<u8>| whose == Whose::Everybodys || body.get(5) == Some(&PROTOCOL);
     all.iter()
-        .filter(asked)
-        .map(|body| route(body).with_context(|| format!("read a route: {body:02x?}")))
+        .filter(is_asked_for)
+        .map(|body| route(body).with_context(|| format!("parse a route: {body:02x?}")))
         .collect()
 }
 
@@ -124,19 +125,14 @@ fn rule(body: &[u8]) -> Option<RouteRule> {
             FRA_FWMASK => mark.mask = u32_at(value, 0)?,
             FRA_TABLE => table = TableId(u32_at(value, 0)?),
             FRA_SUPPRESS_PREFIXLEN => {
-                // The largest number for none.
+                // All bits set: there is no such selector.
                 rule.suppress_prefixlength = Some(u32_at(value, 0)?).filter(|n| *n != u32::MAX);
             }
-            FRA_OIFNAME => rest.named("oif", text(value)),
-            FRA_UID_RANGE => rest.range("uidrange", u32_at(value, 0)?, u32_at(value, 4)?),
-            FRA_IP_PROTO => rest.named("ipproto", value.first()?.to_string()),
-            FRA_SPORT_RANGE => rest.range("sport", u16_at(value, 0)?, u16_at(value, 2)?),
-            FRA_DPORT_RANGE => rest.range("dport", u16_at(value, 0)?, u16_at(value, 2)?),
-            kind => rest.unnamed(&kind.to_string(), value),
+            _ => rest.rule_attribute(kind, value)?,
         }
     }
     if flags & FIB_RULE_INVERT != 0 {
-        // A word without a value: the last.
+        // A word without a value must be the last.
         rest.0.push(NOT.into());
     }
     rule.action = match action {
@@ -175,7 +171,7 @@ fn route(body: &[u8]) -> Option<Route> {
             RTA_TABLE => route.table = TableId(u32_at(value, 0)?),
             RTA_PRIORITY => route.metric = u32_at(value, 0)?,
             RTA_DST => route.destination = prefix(value, length)?,
-            // Where the interface has gone meanwhile, the route has gone, too.
+            // None if the interface was deleted meanwhile, and with it the route.
             RTA_OIF => {
                 let name = if_indextoname(u32_at(value, 0)?).ok();
                 route.dev = name.map(|name| text(name.as_bytes()));
@@ -186,7 +182,7 @@ fn route(body: &[u8]) -> Option<Route> {
         }
     }
     if flags & RTNH_F_ONLINK != 0 {
-        // A word without a value: the last.
+        // A word without a value must be the last.
         rest.0.push("onlink".into());
     }
     route.rest = rest.0;
@@ -197,17 +193,29 @@ fn prefix(value: &[u8], length: u8) -> Option<Ipv4Network> {
     Ipv4Network::new(ipv4(value)?, length).ok()
 }
 
-/// What we never write, as words of `ip`, each with its value.
+/// The attributes that our entries never have, as keys of `ip`, each followed by its value.
 #[derive(Default)]
 struct Rest(Vec<String>);
 
 impl Rest {
-    fn named(&mut self, word: &str, value: String) {
-        self.0.extend([word.to_owned(), value]);
+    fn named(&mut self, key: &str, value: String) {
+        self.0.extend([key.to_owned(), value]);
     }
 
-    fn range<T: fmt::Display>(&mut self, word: &str, first: T, last: T) {
-        self.named(word, format!("{first}-{last}"));
+    fn range<T: fmt::Display>(&mut self, key: &str, first: T, last: T) {
+        self.named(key, format!("{first}-{last}"));
+    }
+
+    fn rule_attribute(&mut self, kind: u16, value: &[u8]) -> Option<()> {
+        match kind {
+            FRA_OIFNAME => self.named("oif", text(value)),
+            FRA_UID_RANGE => self.range("uidrange", u32_at(value, 0)?, u32_at(value, 4)?),
+            FRA_IP_PROTO => self.named("ipproto", value.first()?.to_string()),
+            FRA_SPORT_RANGE => self.range("sport", u16_at(value, 0)?, u16_at(value, 2)?),
+            FRA_DPORT_RANGE => self.range("dport", u16_at(value, 0)?, u16_at(value, 2)?),
+            _ => self.unnamed(&kind.to_string(), value),
+        }
+        Some(())
     }
 
     fn tos(&mut self, tos: u8) {
@@ -216,10 +224,10 @@ impl Rest {
         }
     }
 
-    /// What `ip` has other words for, or none. It makes the entry differ from all that are desired; a
-    /// command leaves it out, since no word of a command holds a `#`.
-    fn unnamed(&mut self, what: &str, value: &[u8]) {
-        self.named(&format!("#{what}"), format!("{value:02x?}"));
+    /// An attribute that is not parsed. It makes the entry differ from every desired one. `Display` leaves it out,
+    /// because of the `#`.
+    fn unnamed(&mut self, kind: &str, value: &[u8]) {
+        self.named(&format!("#{kind}"), format!("{value:02x?}"));
     }
 }
 
@@ -230,11 +238,11 @@ mod tests {
 
     use super::*;
 
-    /// What is fixed of a message, and attributes of these types and values.
-    fn body(fixed: [u8; 12], attributes: &[(u16, Vec<u8>)]) -> Vec<u8> {
-        let mut body = fixed.to_vec();
+    /// A body of this header, and attributes of these types and values.
+    fn body(header: [u8; 12], attributes: &[(u16, Vec<u8>)]) -> Vec<u8> {
+        let mut body = header.to_vec();
         for (kind, value) in attributes {
-            let length = u16::try_from(4 + value.len()).expect("it is short");
+            let length = u16::try_from(4 + value.len()).expect("the value is short");
             body.extend(length.to_ne_bytes());
             body.extend(kind.to_ne_bytes());
             body.extend(value);
@@ -244,25 +252,25 @@ mod tests {
     }
 
     #[test]
-    fn what_we_never_write_makes_a_rule_another() {
-        // Of all sources, to a table, as `ip rule add priority 7 lookup 10 protocol 109` has it told.
+    fn an_attribute_that_is_not_parsed_makes_a_rule_differ() {
+        // As the kernel dumps the rule of `ip rule add priority 7 lookup 10 protocol 109`.
         let usual = [
             (FRA_PRIORITY, 7_u32.to_ne_bytes().to_vec()),
             (FRA_TABLE, 10_u32.to_ne_bytes().to_vec()),
             (FRA_SUPPRESS_PREFIXLEN, u32::MAX.to_ne_bytes().to_vec()),
             (FRA_PROTOCOL, vec![PROTOCOL]),
         ];
-        let fixed = [2, 0, 0, 0, 10, 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0];
-        let plain = rule(&body(fixed, &usual)).expect("a rule");
+        let header = [2, 0, 0, 0, 10, 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0];
+        let plain = rule(&body(header, &usual)).expect("a rule");
         assert_eq!(plain, RouteRule::new(7, TableId(10)));
         for kind in 25..100 {
             let mut more = usual.to_vec();
             more.push((kind, vec![1]));
-            let odd = rule(&body(fixed, &more)).expect("a rule");
+            let odd = rule(&body(header, &more)).expect("a rule");
             assert!(odd != plain, "{kind}");
             assert_eq!(odd.to_string(), plain.to_string(), "{kind}");
         }
-        let mut prohibiting = fixed;
+        let mut prohibiting = header;
         prohibiting[7] = FR_ACT_PROHIBIT;
         let prohibiting = rule(&body(prohibiting, &usual)).expect("a rule");
         assert_eq!(
@@ -273,12 +281,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_read_or_not(
-            fixed: [u8; 12],
+        fn no_bytes_make_the_parsers_panic(
+            header: [u8; 12],
             attributes in vec((0..40_u16, vec(any::<u8>(), 0..12)), 0..8),
             cut in 0..120_usize,
         ) {
-            let mut body = body(fixed, &attributes);
+            let mut body = body(header, &attributes);
             body.truncate(cut);
             let _ = rule(&body).map(|rule| rule.to_string());
             let _ = route(&body).map(|route| route.to_string());

@@ -1,9 +1,8 @@
-//! The only place that spawns: absolute paths, a clean environment, a deadline, the exit status.
-//! Knows nothing of routing.
+//! The only place that spawns tools: by absolute path, with a clean environment and a deadline. Knows no rule and no
+//! route.
 
 use std::ffi::OsString;
 use std::fmt;
-use std::iter;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -13,34 +12,34 @@ use anyhow::{Context, Result, ensure};
 
 use crate::kernel::process::{self, Output, Process};
 
-/// Where tools are looked for, and nowhere else: PATH is the caller's.
-const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+/// The folders that are searched for tools. PATH is not: the caller chooses it.
+const DIRS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
-/// The tools, each found once.
+/// The paths of the tools.
 #[derive(Clone, Debug)]
 pub struct Tools {
     ip: PathBuf,
     save: PathBuf,
     restore: PathBuf,
     conntrack: Option<PathBuf>,
-    /// Which of the two iptables-save is, by way of /etc/alternatives.
+    /// The backend that these iptables-save and iptables-restore use.
     pub backend: Backend,
-    /// The command that a person gives for it: `iptables`, or the backend's name where it is not in use.
+    /// The command to show to a person: `iptables`, or `iptables-legacy` if that is the backend that is not in use.
     pub iptables: &'static str,
     deadline: Instant,
 }
 
-/// The two ways in which iptables works, both at the same time in the same kernel (xtables-nft(8)).
+/// The two backends of iptables. The kernel can have rules of both at the same time (xtables-nft(8)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
-    /// By nf_tables.
+    /// nf_tables.
     Nft,
-    /// By ip_tables.
+    /// ip_tables.
     Legacy,
 }
 
 impl Backend {
-    /// What its command is called.
+    /// The name of the backend's command.
     pub fn name(self) -> &'static str {
         match self {
             Self::Nft => "iptables-nft",
@@ -48,7 +47,7 @@ impl Backend {
         }
     }
 
-    /// The one of the two that this is not.
+    /// The other one of the two.
     pub fn other(self) -> Self {
         match self {
             Self::Nft => Self::Legacy,
@@ -63,12 +62,11 @@ impl fmt::Display for Backend {
     }
 }
 
-/// Whether rules are listed with the packets and bytes that they have counted.
+/// Whether iptables-save prints the counters of rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub enum Counters {
-    /// They are.
     Shown,
-    /// They are not.
     Hidden,
 }
 
@@ -81,20 +79,20 @@ impl Counters {
     }
 }
 
-/// Whether `ip -batch` stops at the first line that fails.
+/// What `ip -batch` does after a line that fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnError {
-    /// What follows would build on it.
+    /// Stops: the lines after it need it.
     Stop,
-    /// What follows is to be removed all the same.
+    /// Goes on: the lines after it remove other entries.
     GoOn,
 }
 
 impl Tools {
-    /// Finds the tools. All that they do must be done by the deadline.
+    /// Finds the tools. Each tool that is started must exit by the deadline.
     ///
     /// # Errors
-    /// Names the one that is missing and the package that has it.
+    /// A tool is missing; the error names the package that has it.
     pub fn find(deadline: Instant) -> Result<Self> {
         let ip = find("ip", "iproute2")?;
         let save = find("iptables-save", "iptables")?;
@@ -117,7 +115,7 @@ impl Tools {
         })
     }
 
-    /// The same tools, but for those of the other backend of iptables; none where they are not installed.
+    /// The same tools, with iptables-save and iptables-restore of the other backend. None if they are not installed.
     pub fn other(&self) -> Option<Self> {
         let backend = self.backend.other();
         Some(Self {
@@ -129,11 +127,11 @@ impl Tools {
         })
     }
 
-    /// Starts what carries out a batch of `ip` lines, once it has them.
+    /// Starts `ip -batch`, which reads its lines from stdin.
     ///
     /// # Errors
     /// It can't be run.
-    pub fn ip_batch(&self, on_error: OnError) -> Result<Process<'static>> {
+    pub fn ip_batch(&self, on_error: OnError) -> Result<Process> {
         let args: &[&str] = match on_error {
             OnError::Stop => &["-4", "-batch", "-"],
             OnError::GoOn => &["-4", "-force", "-batch", "-"],
@@ -141,19 +139,19 @@ impl Tools {
         self.start(&self.ip, args)
     }
 
-    /// The answer to one `ip` question, its words apart by spaces, or its refusal.
+    /// Runs one `ip` command whose words are separated by spaces. Its failure is an output, too.
     ///
     /// # Errors
     /// It can't be run.
-    pub fn ip_ask(&self, question: &str) -> Result<Output> {
-        let words = ["-4", "-N"].into_iter().chain(question.split(' '));
+    pub fn ip_ask(&self, command: &str) -> Result<Output> {
+        let words = ["-4", "-N"].into_iter().chain(command.split(' '));
         self.start(&self.ip, &words.collect::<Vec<_>>())?.finish()
     }
 
-    /// What `ip` and iptables-save say of their versions.
+    /// The versions of `ip` and iptables-save, as they print them.
     ///
     /// # Errors
-    /// One can't be run.
+    /// One of them can't be run.
     pub fn versions(&self) -> Result<(String, String)> {
         let version = |path: &Path| -> Result<String> {
             let output = self.start(path, &["-V"])?.finish()?;
@@ -162,7 +160,7 @@ impl Tools {
         Ok((version(&self.ip)?, version(&self.save)?))
     }
 
-    /// What `nft list chains` says; none where nft is not installed, or does not work here.
+    /// The output of `nft list chains`. None if nft is not installed, or fails.
     ///
     /// # Errors
     /// It can't be run.
@@ -174,18 +172,18 @@ impl Tools {
         Ok(output.status.success().then_some(output.stdout))
     }
 
-    /// Starts what prints all rules of all tables that there are.
+    /// Starts `iptables-save`, which prints all rules of all tables.
     ///
     /// # Errors
     /// It can't be run.
-    pub fn iptables_save(&self, counters: Counters) -> Result<Process<'static>> {
+    pub fn iptables_save(&self, counters: Counters) -> Result<Process> {
         self.start(&self.save, counters.args())
     }
 
-    /// The names of all tables of nftables, where its tool is installed.
+    /// The output of `nft list tables`. None if nft is not installed.
     ///
     /// # Errors
-    /// It can't be run or fails.
+    /// It can't be run, or fails.
     pub fn nft_tables(&self) -> Result<Option<String>> {
         match find("nft", "nftables") {
             Ok(path) => self.start(&path, &["list", "tables"])?.answer().map(Some),
@@ -193,21 +191,21 @@ impl Tools {
         }
     }
 
-    /// Starts what changes tables, each in one transaction, once it has its input. The lock of the legacy
-    /// backend is waited for.
+    /// Starts `iptables-restore`, which changes each table on its stdin in one transaction. The legacy one waits for
+    /// the xtables lock.
     ///
     /// # Errors
     /// It can't be run.
-    pub fn iptables_restore(&self) -> Result<Process<'static>> {
-        // One second less than it has, so that it gives up by itself and says why.
+    pub fn iptables_restore(&self) -> Result<Process> {
+        // One second less than its time limit, so that it gives up by itself and says why.
         let seconds = self.limit().as_secs().saturating_sub(1).max(1).to_string();
         self.start(&self.restore, &["--noflush", "--wait", &seconds])
     }
 
-    /// All IPv4 connections that are tracked; none where the tool is not installed.
+    /// The output of `conntrack -L` for IPv4. None if conntrack is not installed.
     ///
     /// # Errors
-    /// It can't be run or fails, or does not say that it has shown as many.
+    /// It can't be run, fails, or its output is cut short.
     pub fn conntrack_list(&self) -> Result<Option<String>> {
         let Some(path) = &self.conntrack else {
             return Ok(None);
@@ -219,45 +217,43 @@ impl Tools {
             .stderr
             .split(' ')
             .skip_while(|word| !word.ends_with(':'));
-        let said = words.nth(1).and_then(|count| count.parse().ok());
-        let shown = output.stdout.lines().count();
+        let expected = words.nth(1).and_then(|count| count.parse().ok());
+        let lines = output.stdout.lines().count();
         ensure!(
-            said == Some(shown),
-            "{}: cut short: {shown} connections, and it says: {}",
+            expected == Some(lines),
+            "{}: printed {lines} connections, but says: {}",
             output.name,
             output.stderr.trim()
         );
         Ok(Some(output.stdout))
     }
 
-    /// Deletes connections: a line each, as conntrack's arguments. One that has ended is no failure.
+    /// Deletes connections: each line has conntrack's arguments for one `-D`. A connection that has ended meanwhile is
+    /// no failure.
     ///
     /// # Errors
-    /// It can't be run or fails.
+    /// It can't be run, or fails.
     pub fn conntrack_delete(&self, lines: &str) -> Result<()> {
         let Some(path) = &self.conntrack else {
             return Ok(());
         };
-        // By `-` it would open /dev/stdin, which a small system need not have.
+        // For `-`, conntrack opens /dev/stdin, which a small system may not have.
         let delete = self.start(path, &["--load-file", "/proc/self/fd/0"])?;
-        delete
-            .given(iter::once(lines.to_owned()))?
-            .answer()
-            .map(drop)
+        delete.given(lines.to_owned())?.answer().map(drop)
     }
 
     fn limit(&self) -> Duration {
         process::LIMIT.min(self.deadline.saturating_duration_since(Instant::now()))
     }
 
-    fn start(&self, path: &Path, args: &[&str]) -> Result<Process<'static>> {
+    fn start(&self, path: &Path, args: &[&str]) -> Result<Process> {
         let name = path.file_name().unwrap_or_default();
         let name = [&[name.to_str().unwrap_or_default()], args]
             .concat()
             .join(" ");
         ensure!(
             !self.limit().is_zero(),
-            "{name}: not run: the time for this call is over"
+            "{name}: not run: this call's time is up"
         );
         let mut command = Command::new(path);
         command.args(args).env_clear().env("LC_ALL", "C");
@@ -266,7 +262,7 @@ impl Tools {
     }
 }
 
-/// Starts this program again, with these arguments and the same environment, and does not wait.
+/// Starts this program again, with these arguments and the same environment, in the background.
 ///
 /// # Errors
 /// It can't be run.
@@ -275,7 +271,7 @@ pub fn start_self(args: &[OsString]) -> Result<()> {
         .arg0("mh-hook")
         .args(args)
         .current_dir("/")
-        // Whoever ends our caller's group does not mean this one.
+        // A signal to our caller's process group is not meant for it.
         .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -286,11 +282,11 @@ pub fn start_self(args: &[OsString]) -> Result<()> {
 }
 
 fn find(name: &str, package: &str) -> Result<PathBuf> {
-    let mut paths = FOLDERS.iter().map(|folder| Path::new(folder).join(name));
+    let mut paths = DIRS.iter().map(|dir| Path::new(dir).join(name));
     paths.find(|path| path.is_file()).with_context(|| {
         format!(
             "there is no {name} in {}: install it (apt-get install {package})",
-            FOLDERS.join(", ")
+            DIRS.join(", ")
         )
     })
 }

@@ -56,8 +56,8 @@ pub fn apply<'a>(tools: &Tools, steps: &'a [Step], on_error: OnError) -> Outcome
     let mut starts = groups
         .iter()
         .map(|group| (*group, start(tools, group, on_error)));
-    let give = |(group, tool): (&'a [Step], Option<Result<Process<'a>>>)| {
-        (group, tool.map(|tool| tool?.given(input(group))))
+    let give = |(group, tool): (&'a [Step], Option<Result<Process>>)| {
+        (group, tool.map(|tool| tool?.given(input(group).collect())))
     };
     let first = starts.next().map(give);
     let others: Vec<_> = starts.collect();
@@ -103,7 +103,7 @@ fn first_command(step: &Step) -> String {
 }
 
 /// The tool for steps of one kind; none for files.
-fn start(tools: &Tools, steps: &[Step], on_error: OnError) -> Option<Result<Process<'static>>> {
+fn start(tools: &Tools, steps: &[Step], on_error: OnError) -> Option<Result<Process>> {
     match kind(&steps[0]) {
         Kind::Ip => Some(tools.ip_batch(on_error)),
         Kind::Iptables => Some(tools.iptables_restore()),

@@ -27,7 +27,7 @@ LIMITS = {
 PROCESSES, PROCESSES_IDLE = 4, 2
 MEMORY = {10000: 16}
 START_UP = 0.3
-BINARY = 1.2
+BINARY = 1.4
 # The other ways, and what they are beside.
 OTHERS = {"typed recipe": "first up", "shorewall reload": "one forward changed"}
 # How many times as long the other ways take at least, by forwards.

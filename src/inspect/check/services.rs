@@ -76,7 +76,7 @@ fn leaves_rules_alone() -> bool {
 fn persistent() -> Option<Finding> {
     let file = "/etc/iptables/rules.v4";
     let text = fs::read_to_string(file).ok()?;
-    let ruleset = Ruleset::parse(&mut text.as_bytes()).ok()?;
+    let ruleset = Ruleset::parse(&text).ok()?;
     let (_, state) = owned(None, ruleset);
     let steps = diff(&state, &State::default());
     let entries: usize = steps

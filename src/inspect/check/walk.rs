@@ -385,7 +385,7 @@ mod tests {
             })
             .collect();
         let save = format!("*filter\n:FORWARD {policy} [0:0]\n{lines}COMMIT\n");
-        let ruleset = TracedRuleset::new(&Ruleset::parse(&mut save.as_bytes()).expect("a listing"));
+        let ruleset = TracedRuleset::new(&Ruleset::parse(&save).expect("a listing"));
         let walk = walk(&ruleset, "filter", "FORWARD", None, &mut packet());
         (walk.passes, walk.droppers.len())
     }
@@ -459,7 +459,7 @@ mod tests {
             [0:0] -A PREROUTING -s 192.0.2.7/32 -j CONNMARK --save-mark\n\
             [0:0] -A PREROUTING -j CONNMARK --save-mark --nfmask 0xff00 --ctmask 0xff00\n\
             COMMIT\n";
-        let ruleset = TracedRuleset::new(&Ruleset::parse(&mut save.as_bytes()).expect("a listing"));
+        let ruleset = TracedRuleset::new(&Ruleset::parse(&save).expect("a listing"));
         let mut packet = packet();
         let walk = walk(&ruleset, "mangle", "PREROUTING", None, &mut packet);
         assert_eq!((packet.mark, packet.connmark), (0x500, 0x50a));

@@ -1,0 +1,214 @@
+//! The command line: arguments and help. Reads no environment and no file.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use lexopt::Arg;
+use log::LevelFilter;
+
+use mh_hook::config;
+use mh_hook::inspect::report::Form;
+use mh_hook::reconcile::Mode;
+use mh_hook::reconcile::event::Direction;
+
+const HELP: &str = "\
+mh-hook: multi-homing for a router with several PPPoE links
+
+Usage: mh-hook [OPTIONS] COMMAND
+
+Commands:
+  up [IFNAME]            bring the interface's uplink to its desired state
+  down [IFNAME]          remove that uplink's entries, and nothing else
+  sync                   bring every uplink to what its link's state asks for
+  event pre-up|up|down ARGS...
+                         what pppd's hooks call, with all of pppd's arguments
+  status [NAME]          each uplink: its link, installed and missing entries,
+                         connections and traffic
+  check                  what would keep this from working, and how to fix it
+  explain CLIENT [PROTO/PORT]
+                         where a request of this address goes, and its reply
+
+Without IFNAME, the interface is IFNAME of the environment. The address of the
+link is that of --local, else IPLOCAL of the environment, else the kernel's.
+When the program, or a link to it, is in ip-pre-up.d, ip-up.d or ip-down.d, it
+does the same as event, whatever its name is there.
+
+Options:
+      --config FILE  the configuration [default: /etc/mh-hook.toml]
+      --dry-run      print the plan as commands to paste, change nothing
+      --local ADDR   with up: the link's address
+      --uplink NAME  with up: the uplink, if nothing else tells which one it is
+      --json         with status, check and explain: print JSON
+      --to WHERE     with explain: the uplink or address that the client asks
+      --from-lan HOST
+                     with explain: trace this LAN host's own connection to the
+                     destination that is given in CLIENT's place
+  -v, --verbose      also log what was already there
+  -q, --quiet        log errors only
+  -h, --help         print this
+  -V, --version      print the version
+
+Exit status: 0 done, nothing to do, or not one of our interfaces; 1 the kernel
+could not be brought to the desired state, or status, check or explain found
+an error; 2 usage or configuration.
+";
+
+/// What the command line asks for.
+pub struct Arguments {
+    pub command: Command,
+    pub config_path: PathBuf,
+    pub mode: Mode,
+    pub level: LevelFilter,
+}
+
+pub enum Command {
+    Up {
+        interface: Option<OsString>,
+        uplink: Option<OsString>,
+        local: Option<OsString>,
+    },
+    Down {
+        interface: Option<OsString>,
+    },
+    Event {
+        direction: Direction,
+        args: Vec<OsString>,
+    },
+    Sync,
+    Inspect(Inspect, Form),
+    Print(String),
+}
+
+/// The commands that change nothing.
+pub enum Inspect {
+    Status(Option<OsString>),
+    Check,
+    Explain {
+        words: Vec<OsString>,
+        to: Option<OsString>,
+        from_lan: Option<OsString>,
+    },
+}
+
+/// The options of single commands. A command takes its own; it is an error if one is left.
+#[derive(Default)]
+struct Options {
+    local: Option<OsString>,
+    uplink: Option<OsString>,
+    to: Option<OsString>,
+    from_lan: Option<OsString>,
+    json: Option<Form>,
+}
+
+impl Arguments {
+    pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Self> {
+        let mut args = args.peekable();
+        let mut arguments = Self {
+            command: Command::Sync,
+            config_path: config::DEFAULT_PATH.into(),
+            mode: Mode::Apply,
+            level: LevelFilter::Info,
+        };
+        let program = args.peek().map(PathBuf::from).unwrap_or_default();
+        if let Some(direction) = Direction::from_folder(&program) {
+            // pppd's arguments may look like options, but are none.
+            let args = args.skip(1).collect();
+            arguments.command = Command::Event { direction, args };
+            return Ok(arguments);
+        }
+        let mut parser = lexopt::Parser::from_iter(args);
+        let mut words: Vec<OsString> = Vec::new();
+        let mut options = Options::default();
+        while let Some(arg) = parser.next()? {
+            match arg {
+                Arg::Long("config") => arguments.config_path = parser.value()?.into(),
+                Arg::Long("dry-run") => arguments.mode = Mode::DryRun,
+                Arg::Long("local") => options.local = Some(parser.value()?),
+                Arg::Long("uplink") => options.uplink = Some(parser.value()?),
+                Arg::Long("to") => options.to = Some(parser.value()?),
+                Arg::Long("from-lan") => options.from_lan = Some(parser.value()?),
+                Arg::Long("json") => options.json = Some(Form::Json),
+                Arg::Short('v') | Arg::Long("verbose") => arguments.level = LevelFilter::Debug,
+                Arg::Short('q') | Arg::Long("quiet") => arguments.level = LevelFilter::Error,
+                Arg::Short('h') | Arg::Long("help") => {
+                    arguments.command = Command::Print(HELP.into());
+                    return Ok(arguments);
+                }
+                Arg::Short('V') | Arg::Long("version") => {
+                    let version = format!("mh-hook {}\n", env!("CARGO_PKG_VERSION"));
+                    arguments.command = Command::Print(version);
+                    return Ok(arguments);
+                }
+                Arg::Value(word) => {
+                    words.push(word);
+                    if words.len() == 2 && words[0] == "event" {
+                        words.extend(parser.raw_args()?);
+                    }
+                }
+                Arg::Short(_) | Arg::Long(_) => return Err(arg.unexpected().into()),
+            }
+        }
+        arguments.command = Command::parse(words.into_iter(), &mut options)?;
+        options.check_none_left()?;
+        Ok(arguments)
+    }
+}
+
+impl Command {
+    fn parse(mut words: impl Iterator<Item = OsString>, options: &mut Options) -> Result<Self> {
+        let name = words.next().context("no command")?;
+        let command = match name.to_str() {
+            Some("up") => Self::Up {
+                interface: words.next(),
+                uplink: options.uplink.take(),
+                local: options.local.take(),
+            },
+            Some("down") => Self::Down {
+                interface: words.next(),
+            },
+            Some("sync") => Self::Sync,
+            Some("event") => {
+                let direction = words.next().context("event what? pre-up, up or down")?;
+                let direction = Direction::parse(&direction)
+                    .with_context(|| format!("event {direction:?}: it is pre-up, up or down"))?;
+                let args = words.by_ref().collect();
+                Self::Event { direction, args }
+            }
+            Some("status") => Self::Inspect(Inspect::Status(words.next()), options.form()),
+            Some("check") => Self::Inspect(Inspect::Check, options.form()),
+            Some("explain") => {
+                let explain = Inspect::Explain {
+                    words: words.by_ref().collect(),
+                    to: options.to.take(),
+                    from_lan: options.from_lan.take(),
+                };
+                Self::Inspect(explain, options.form())
+            }
+            _ => bail!("unknown command {name:?}"),
+        };
+        if let Some(word) = words.next() {
+            bail!("unexpected argument {word:?}");
+        }
+        Ok(command)
+    }
+}
+
+impl Options {
+    fn form(&mut self) -> Form {
+        self.json.take().unwrap_or(Form::Text)
+    }
+
+    fn check_none_left(&self) -> Result<()> {
+        if self.local.is_some() || self.uplink.is_some() {
+            bail!("--local and --uplink go with up");
+        }
+        if self.to.is_some() || self.from_lan.is_some() {
+            bail!("--to and --from-lan go with explain");
+        }
+        if self.json.is_some() {
+            bail!("--json goes with status, check and explain");
+        }
+        Ok(())
+    }
+}
