@@ -1,8 +1,8 @@
 //! Sockets of this router's own that wait for somebody, as /proc/net lists them (proc_net_tcp.rst).
 
-use std::fs;
 use std::net::Ipv4Addr;
 
+use crate::kernel::root::Root;
 use crate::model::forward::Protocol;
 
 /// A socket that waits for anybody.
@@ -21,6 +21,11 @@ type Address = fn(&str) -> Option<Ipv4Addr>;
 
 /// Those of a protocol; none for one without sockets that wait.
 pub fn listening(protocol: Protocol) -> Vec<Socket> {
+    listening_below(&Root::system(), protocol)
+}
+
+/// The same, by the files below another root folder.
+pub fn listening_below(root: &Root, protocol: Protocol) -> Vec<Socket> {
     let files: [(&str, Address); 2] = match protocol {
         Protocol::Tcp => [("tcp", is_v4), ("tcp6", is_v6)],
         Protocol::Udp => [("udp", is_v4), ("udp6", is_v6)],
@@ -28,7 +33,7 @@ pub fn listening(protocol: Protocol) -> Vec<Socket> {
     };
     let mut sockets = Vec::new();
     for (file, address) in files {
-        let text = fs::read_to_string(format!("/proc/net/{file}")).unwrap_or_default();
+        let text = root.read(format!("/proc/net/{file}")).unwrap_or_default();
         let lines = text.lines().skip(1);
         sockets.extend(lines.filter_map(|line| socket(line, protocol, address)));
     }

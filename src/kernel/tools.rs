@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::kernel::process::{self, Output, Process};
+use crate::kernel::root::Root;
 
 /// Where tools are looked for, and nowhere else: PATH is the caller's.
 const FOLDERS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
@@ -23,6 +24,8 @@ pub struct Tools {
     save: PathBuf,
     restore: PathBuf,
     conntrack: Option<PathBuf>,
+    nft: Option<PathBuf>,
+    root: Root,
     /// Which of the two iptables-save is, by way of /etc/alternatives.
     pub backend: Backend,
     /// The command that a person gives for it: `iptables`, or the backend's name where it is not in use.
@@ -96,6 +99,15 @@ impl Tools {
     /// # Errors
     /// Names the one that is missing and the package that has it.
     pub fn find(deadline: Instant) -> Result<Self> {
+        Self::find_below(&Root::system(), deadline)
+    }
+
+    /// The same of the tools below another root folder.
+    ///
+    /// # Errors
+    /// Those of [`Self::find`].
+    pub fn find_below(root: &Root, deadline: Instant) -> Result<Self> {
+        let find = |name, package| find(root, name, package);
         let ip = find("ip", "iproute2")?;
         let save = find("iptables-save", "iptables")?;
         let real_path = save
@@ -107,6 +119,8 @@ impl Tools {
             save,
             restore: find("iptables-restore", "iptables")?,
             conntrack: find("conntrack", "conntrack").ok(),
+            nft: find("nft", "nftables").ok(),
+            root: root.clone(),
             backend: if is_legacy {
                 Backend::Legacy
             } else {
@@ -121,8 +135,8 @@ impl Tools {
     pub fn other(&self) -> Option<Self> {
         let backend = self.backend.other();
         Some(Self {
-            save: find(&format!("{backend}-save"), "iptables").ok()?,
-            restore: find(&format!("{backend}-restore"), "iptables").ok()?,
+            save: find(&self.root, &format!("{backend}-save"), "iptables").ok()?,
+            restore: find(&self.root, &format!("{backend}-restore"), "iptables").ok()?,
             backend,
             iptables: backend.name(),
             ..self.clone()
@@ -167,10 +181,10 @@ impl Tools {
     /// # Errors
     /// It can't be run.
     pub fn nft_chains(&self) -> Result<Option<String>> {
-        let Ok(path) = find("nft", "nftables") else {
+        let Some(path) = &self.nft else {
             return Ok(None);
         };
-        let output = self.start(&path, &["list", "chains"])?.finish()?;
+        let output = self.start(path, &["list", "chains"])?.finish()?;
         Ok(output.status.success().then_some(output.stdout))
     }
 
@@ -187,9 +201,9 @@ impl Tools {
     /// # Errors
     /// It can't be run or fails.
     pub fn nft_tables(&self) -> Result<Option<String>> {
-        match find("nft", "nftables") {
-            Ok(path) => self.start(&path, &["list", "tables"])?.answer().map(Some),
-            Err(_) => Ok(None),
+        match &self.nft {
+            Some(path) => self.start(path, &["list", "tables"])?.answer().map(Some),
+            None => Ok(None),
         }
     }
 
@@ -285,8 +299,10 @@ pub fn start_self(args: &[OsString]) -> Result<()> {
     Ok(())
 }
 
-fn find(name: &str, package: &str) -> Result<PathBuf> {
-    let mut paths = FOLDERS.iter().map(|folder| Path::new(folder).join(name));
+fn find(root: &Root, name: &str, package: &str) -> Result<PathBuf> {
+    let mut paths = FOLDERS
+        .iter()
+        .map(|folder| root.place(&Path::new(folder).join(name)));
     paths.find(|path| path.is_file()).with_context(|| {
         format!(
             "there is no {name} in {}: install it (apt-get install {package})",
