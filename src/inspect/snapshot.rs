@@ -17,6 +17,7 @@ use crate::kernel::tools::{Backend, Counters, Tools};
 use crate::model::link::UplinkLinks;
 use crate::model::state::State;
 use crate::reconcile::desired::desired_state;
+use crate::reconcile::diff::{Step, diff};
 use crate::reconcile::ownership::Owners;
 use crate::reconcile::request::{Request, Seen};
 use crate::runtime::privilege::drop_all_but_needed;
@@ -120,6 +121,15 @@ impl Snapshot {
             links,
             desired,
         })
+    }
+
+    /// What makes one state of the other, except in tables that iptables-save does not list: entries that can't be seen
+    /// may well be installed.
+    pub fn steps(&self, installed: &State, desired: &State) -> Vec<Step> {
+        let unlisted = &self.kernel.ruleset.incompatible;
+        let mut steps = diff(installed, desired);
+        steps.retain(|step| step.table().is_none_or(|it| !unlisted.contains(it.name())));
+        steps
     }
 
     /// The kernel's answer to `ip route get`, or its refusal: `Network is unreachable`.

@@ -24,6 +24,7 @@ use crate::model::state::State;
 use crate::reconcile::diff::diff;
 use crate::reconcile::dnat;
 use crate::reconcile::ownership::{Part, parts};
+use crate::reconcile::unlisted;
 
 /// What `mh-hook status` prints.
 #[derive(Debug, Serialize)]
@@ -36,6 +37,9 @@ pub struct Status {
     uplinks: Vec<UplinkStatus>,
     /// The commands that remove the entries of no configured uplink; none where one uplink was asked for.
     orphans: Option<Vec<String>>,
+    /// Why it is not known whether all entries are installed.
+    #[serde(skip)]
+    unlisted: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -137,11 +141,13 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
         .is_none()
         .then(|| Drift::commands(&diff(&orphans, &State::default())).extra);
     let well = uplinks.iter().all(|uplink| uplink.in_step);
+    let unlisted = unlisted(Some(config), &snapshot.kernel.ruleset);
     Ok(Status {
-        in_step: well && orphans.as_ref().is_none_or(Vec::is_empty),
+        in_step: well && unlisted.is_none() && orphans.as_ref().is_none_or(Vec::is_empty),
         mask: config.mask,
         uplinks,
         orphans,
+        unlisted: unlisted.map(|error| error.to_string()),
     })
 }
 
@@ -171,7 +177,7 @@ fn uplink_status(
     let mark = uplink.routing.as_ref().map(|routing| routing.mark);
     let flows = snapshot.flows.as_deref();
     let address = link.map(|link| link.address);
-    let steps = diff(&part.installed, &part.desired);
+    let steps = snapshot.steps(&part.installed, &part.desired);
     let Drift { missing, extra } = Drift::commands(&steps);
     UplinkStatus {
         name: name.to_string(),
@@ -271,7 +277,9 @@ impl Report for Status {
         }
         let orphans = self.orphans.as_deref().unwrap_or_default();
         commands(&mut text, style, "of no configured uplink", orphans);
-        if !self.in_step {
+        if let Some(why) = &self.unlisted {
+            text += &format!("\n{}\n", style.paint(Tone::Bad, &format!("# {why}")));
+        } else if !self.in_step {
             text += "# or all at once: mh-hook sync\n";
         }
         text

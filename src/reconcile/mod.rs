@@ -281,7 +281,7 @@ fn scope(
 }
 
 /// Why nothing can be written: a table that we write to is not listed, so it is not known what it holds.
-fn unlisted(config: Option<&Config>, ruleset: &Ruleset) -> Option<Error> {
+pub fn unlisted(config: Option<&Config>, ruleset: &Ruleset) -> Option<Error> {
     let mut tables = Table::ALL.into_iter().filter(|it| writes_to(*it, config));
     let table = tables.find(|table| ruleset.incompatible.contains(table.name()))?;
     let (what, advice) = not_listed(table.name());
@@ -298,7 +298,7 @@ pub fn writes_to(table: Table, config: Option<&Config>) -> bool {
 pub fn not_listed(table: &str) -> (String, String) {
     (
         format!(
-            "iptables-save does not list the table {table}, since a rule in it is not one of iptables"
+            "iptables-save does not list the table {table}, since a rule in it is not one of iptables' own"
         ),
         format!(
             "nft -a list table ip {table}, and delete that rule, or move it to a table of its own"

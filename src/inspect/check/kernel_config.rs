@@ -40,7 +40,7 @@ fn options(root: &Root) -> Vec<Finding> {
     };
     let missing = OPTIONS.into_iter().filter(|(option, _)| is_off(option));
     let findings = missing.map(|(option, user)| {
-        let what = format!("{path}: the kernel is built without {option}, which {user} needs");
+        let what = format!("{path}: the kernel is built without {option}, needed for {user}");
         Finding::stops("kernel", what).fix(format!("{option}=m"))
     });
     findings.collect()

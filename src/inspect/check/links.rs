@@ -149,7 +149,7 @@ fn drift(view: &View) -> Vec<Finding> {
     } = &view.comparison;
     let (parts, orphans) = parts(view.config, owners, installed, links);
     for (name, part) in &parts {
-        findings.extend(differs(part).map(|mut finding| {
+        findings.extend(differs(view.snapshot, part).map(|mut finding| {
             if view.config.uplinks[name].forwards.is_empty() {
                 finding.weight = Weight::Harms;
             }
@@ -172,8 +172,9 @@ fn drift(view: &View) -> Vec<Finding> {
     findings
 }
 
-fn differs(part: &Part) -> Option<Finding> {
-    let Drift { missing, extra } = Drift::entries(&diff(&part.installed, &part.desired));
+fn differs(snapshot: &Snapshot, part: &Part) -> Option<Finding> {
+    let steps = snapshot.steps(&part.installed, &part.desired);
+    let Drift { missing, extra } = Drift::entries(&steps);
     let mut texts = Vec::new();
     if !missing.is_empty() {
         let number = count(missing.len(), "entry is", "entries are");

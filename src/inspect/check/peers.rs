@@ -55,7 +55,8 @@ pub fn of(root: &Root, config: &Config, name: &UplinkName) -> Option<String> {
 
 /// Finds links that take the default route from each other.
 pub fn check(view: &View) -> Vec<Finding> {
-    let peers = peers(&view.snapshot.root, view.config);
+    let root = &view.snapshot.root;
+    let peers = peers(root, view.config);
     let mut findings = Vec::new();
     let adding: Vec<_> = peers
         .iter()
@@ -63,9 +64,16 @@ pub fn check(view: &View) -> Vec<Finding> {
         .collect();
     let is_serving = |name: &UplinkName| !view.config.uplinks[name].forwards.is_empty();
     let off = |peer: &str| {
-        format!(
-            "sed -i -E 's/^[[:space:]]*(replace)?defaultroute[[:space:]]*$/nodefaultroute/' {FOLDER}/{peer}"
-        )
+        let path = format!("{FOLDER}/{peer}");
+        let own = options(&root.read(&path).unwrap_or_default(), peer);
+        if own.adds_default() {
+            format!(
+                "sed -i -E 's/^[[:space:]]*(replace)?defaultroute[[:space:]]*$/nodefaultroute/' {path}"
+            )
+        } else {
+            // The option stands in /etc/ppp/options.
+            format!("echo nodefaultroute >> {path}")
+        }
     };
     let mut told = None;
     for (name, (peer, options)) in &adding {

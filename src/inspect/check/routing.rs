@@ -203,10 +203,11 @@ fn replies(
     let mut seen = BTreeSet::new();
     let mut lost: BTreeMap<(String, &str), Vec<Ipv4Addr>> = BTreeMap::new();
     for forward in &uplink.forwards {
-        let Some(Ok(way)) = targets.get(&forward.to) else {
+        let way = targets.get(&forward.to);
+        let Some(Ok(way)) = way.filter(|way| reaches_lan(view, way)) else {
             continue;
         };
-        if way.is_local || way.dev == interface || !seen.insert(forward.to) {
+        if way.is_local || !seen.insert(forward.to) {
             continue;
         }
         let outside = forward.from.first().map_or(OUTSIDE, |from| from.ip());
