@@ -152,11 +152,6 @@ fn fault(
         Ok(way) => way,
         Err(words) => return fault("target-route", format!("no route: {words}"), Vec::new()),
     };
-    if way.is_local {
-        let why = "the router's own address, whose replies go by the default route".into();
-        let fix = "forward = […]: without it; what the router listens on needs no forward";
-        return fault("target-own", why, vec![fix.into()]);
-    }
     let mut links = view.links().values().flatten();
     if links.any(|link| link.interface.as_str() == way.dev) {
         let why = format!("routed out of the uplink {}, not into a LAN", way.dev);
