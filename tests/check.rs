@@ -15,10 +15,12 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::anyhow;
+use anyhow::{Error, anyhow};
 use mh_hook::config::Config;
 use mh_hook::inspect::check::{Check, check};
+use mh_hook::inspect::report::{Report, Style};
 use mh_hook::inspect::snapshot::Snapshot;
+use mh_hook::inspect::status::{Status, status};
 use mh_hook::kernel::iptables_save::Ruleset;
 use mh_hook::kernel::observe::Kernel;
 use mh_hook::kernel::root::Root;
@@ -38,13 +40,20 @@ const ELSEWHERE: [&str; 7] = [
 ];
 
 #[test]
-fn every_fault_is_found() {
+fn every_fault_is_found_and_status_counts_the_same_entries() {
     let mut failures = String::new();
     let mut ids: BTreeSet<&str> = ELSEWHERE.into();
     let cases = entries(Path::new("tests/check"));
     assert!(cases.len() > 10, "too few cases: {}", cases.len());
+    let mut drifted = 0;
     for case in cases {
-        let check = run(&case);
+        let Case { snapshot, config } = Case::read(&case);
+        let check = check(&snapshot, config.as_ref()).expect("findings");
+        if let Some(status) = config.ok().and_then(|it| status(&snapshot, &it, None).ok()) {
+            let of_check = drifts(&check);
+            drifted += of_check.len();
+            assert_eq!(drifts_of_status(&status), of_check, "{}", case.display());
+        }
         ids.extend(check.findings.iter().map(|finding| finding.id));
         let found = text(&check);
         let path = case.join("findings");
@@ -58,6 +67,7 @@ fn every_fault_is_found() {
         }
     }
     assert!(failures.is_empty(), "\n{failures}");
+    assert!(drifted > 5, "only {drifted} uplinks have drifted");
     for id in all_ids() {
         assert!(ids.contains(&id[..]), "no case shows {id}");
     }
@@ -83,53 +93,101 @@ fn all_ids() -> BTreeSet<String> {
     ids
 }
 
-fn run(case: &Path) -> Check {
-    let name = case.file_name().expect("a name");
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .join("check")
-        .join(name);
-    let _ = fs::remove_dir_all(&folder);
-    copy(&Path::new(ROUTER).join("root"), &folder);
-    copy(&case.join("root"), &folder);
-    let of_case = |file: &str| fs::read_to_string(case.join(file));
-    let of_router = |file: &str| fs::read_to_string(Path::new(ROUTER).join(file));
-    for path in of_case("removed").unwrap_or_default().lines() {
-        let path = folder.join(path);
-        match path.is_dir() {
-            true => fs::remove_dir_all(path),
-            false => fs::remove_file(path),
-        }
-        .expect("what is removed was there");
-    }
-    for line in of_case("modes").unwrap_or_default().lines() {
-        let (mode, path) = line.split_once(' ').expect("a mode and a path");
-        set_mode(
-            &folder.join(path),
-            u32::from_str_radix(mode, 8).expect("a mode"),
-        );
-    }
-    let answers = of_case("answers").unwrap_or_default() + &of_router("answers").expect("answers");
-    fs::write(folder.join("answers"), answers).expect("write the answers");
+/// A router with its configuration, or why that does not hold.
+struct Case {
+    snapshot: Snapshot,
+    config: Result<Config, Error>,
+}
 
-    let read = |file: &str| {
-        of_case(file)
-            .or_else(|_| of_router(file))
-            .expect("a listing")
-    };
-    let root = Root::at(&folder);
-    let tools = Tools::find_below(&root, Instant::now() + Duration::from_secs(60));
-    let kernel = Kernel {
-        routing: listing::routing(&read("routing")),
-        ruleset: Ruleset::parse(&mut read("iptables-save").as_bytes()).expect("rules"),
-        links: listing::links(&read("links")),
-    };
-    let config = root.read("/etc/mh-hook.toml").expect("a configuration");
-    let config = Config::parse(&config).map_err(|problems| {
-        let messages = problems.iter().map(|problem| problem.message.clone());
-        anyhow!(messages.collect::<Vec<_>>().join("; "))
-    });
-    let snapshot = Snapshot::new(root, tools.expect("the tools"), kernel);
-    check(&snapshot.expect("a snapshot"), config.as_ref()).expect("findings")
+impl Case {
+    fn read(case: &Path) -> Self {
+        let name = case.file_name().expect("a name");
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join("check")
+            .join(name);
+        let _ = fs::remove_dir_all(&folder);
+        copy(&Path::new(ROUTER).join("root"), &folder);
+        copy(&case.join("root"), &folder);
+        let of_case = |file: &str| fs::read_to_string(case.join(file));
+        let of_router = |file: &str| fs::read_to_string(Path::new(ROUTER).join(file));
+        for path in of_case("removed").unwrap_or_default().lines() {
+            let path = folder.join(path);
+            match path.is_dir() {
+                true => fs::remove_dir_all(path),
+                false => fs::remove_file(path),
+            }
+            .expect("what is removed was there");
+        }
+        for line in of_case("modes").unwrap_or_default().lines() {
+            let (mode, path) = line.split_once(' ').expect("a mode and a path");
+            set_mode(
+                &folder.join(path),
+                u32::from_str_radix(mode, 8).expect("a mode"),
+            );
+        }
+        let answers =
+            of_case("answers").unwrap_or_default() + &of_router("answers").expect("answers");
+        fs::write(folder.join("answers"), answers).expect("write the answers");
+
+        let read = |file: &str| {
+            of_case(file)
+                .or_else(|_| of_router(file))
+                .expect("a listing")
+        };
+        let root = Root::at(&folder);
+        let tools = Tools::find_below(&root, Instant::now() + Duration::from_secs(60));
+        let kernel = Kernel {
+            routing: listing::routing(&read("routing")),
+            ruleset: Ruleset::parse(&mut read("iptables-save").as_bytes()).expect("rules"),
+            links: listing::links(&read("links")),
+        };
+        let config = root.read("/etc/mh-hook.toml").expect("a configuration");
+        let config = Config::parse(&config).map_err(|problems| {
+            let messages = problems.iter().map(|problem| problem.message.clone());
+            anyhow!(messages.collect::<Vec<_>>().join("; "))
+        });
+        let snapshot = Snapshot::new(root, tools.expect("the tools"), kernel);
+        Self {
+            snapshot: snapshot.expect("a snapshot"),
+            config,
+        }
+    }
+}
+
+/// Each drifted uplink with the numbers of its missing and its extra entries: `isp0 2 1`.
+fn drifts(check: &Check) -> Vec<String> {
+    let drifts = check
+        .findings
+        .iter()
+        .filter(|finding| finding.id == "drift");
+    let mut lines: Vec<String> = drifts
+        .map(|finding| {
+            // `2 entries are missing: …; 1 entry is extra: …`
+            let number = |kind: &str| {
+                let mut parts = finding.what.split("; ");
+                let part = parts.find(|part| part.contains(kind));
+                part.map_or("0", |part| part.split(' ').next().unwrap_or_default())
+            };
+            let uplink = finding.uplink.as_deref().unwrap_or_default();
+            format!("{uplink} {} {}", number(" missing: "), number(" extra: "))
+        })
+        .collect();
+    lines.sort();
+    lines
+}
+
+/// The same, from the table: `isp0 … drifted: 2 missing, 1 extra`.
+fn drifts_of_status(status: &Status) -> Vec<String> {
+    let text = status.text(Style::Plain);
+    let rows = text.lines().filter_map(|row| row.split_once("drifted: "));
+    rows.map(|(row, numbers)| {
+        let uplink = row.split(' ').next().unwrap_or_default();
+        format!(
+            "{uplink} {}",
+            numbers.replace(" missing,", "").replace(" extra", "")
+        )
+    })
+    .collect()
 }
 
 /// `stops drift isp0: 1 entry is missing: …`, and below it what fixes that.

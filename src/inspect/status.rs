@@ -29,7 +29,7 @@ use crate::reconcile::unlisted;
 /// What `mh-hook status` prints.
 #[derive(Debug, Serialize)]
 pub struct Status {
-    /// Whether nothing is missing, and nothing extra.
+    /// Whether nothing is missing, and nothing extra, as far as is known for sure.
     in_step: bool,
     /// The bits of the packet and connection mark that are ours.
     mask: u32,
@@ -140,10 +140,13 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
     let orphans = name
         .is_none()
         .then(|| Drift::commands(&diff(&orphans, &State::default())).extra);
-    let well = uplinks.iter().all(|uplink| uplink.in_step);
     let unlisted = unlisted(Some(config), &snapshot.kernel.ruleset);
+    for uplink in &mut uplinks {
+        uplink.in_step &= unlisted.is_none();
+    }
+    let well = uplinks.iter().all(|uplink| uplink.in_step) && unlisted.is_none();
     Ok(Status {
-        in_step: well && unlisted.is_none() && orphans.as_ref().is_none_or(Vec::is_empty),
+        in_step: well && orphans.as_ref().is_none_or(Vec::is_empty),
         mask: config.mask,
         uplinks,
         orphans,
@@ -369,8 +372,10 @@ impl UplinkStatus {
         if self.in_step {
             return style.paint(Tone::Good, "in step");
         }
-        let (missing, extra) = (self.drift.missing.len(), self.drift.extra.len());
-        let text = format!("drifted: {missing} missing, {extra} extra");
+        let text = match (self.drift.missing.len(), self.drift.extra.len()) {
+            (0, 0) => "not known".to_owned(),
+            (missing, extra) => format!("drifted: {missing} missing, {extra} extra"),
+        };
         style.paint(Tone::Bad, &text)
     }
 }
