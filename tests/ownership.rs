@@ -165,7 +165,7 @@ fn kernel(uplinks: &[Uplink], state: &State) -> Kernel {
             rules: state.rules.iter().cloned().collect(),
             routes: state.routes.iter().cloned().collect(),
         },
-        ruleset: Ruleset::parse(&mut save.as_bytes()).expect("a listing"),
+        ruleset: Ruleset::parse(&save).expect("a listing"),
         links,
     }
 }
@@ -313,7 +313,7 @@ proptest! {
 /// The rules of a listing that are ours.
 fn ours(config: Option<&Config>, save: &str) -> State {
     let kernel = Kernel {
-        ruleset: Ruleset::parse(&mut save.as_bytes()).expect("a listing"),
+        ruleset: Ruleset::parse(&save).expect("a listing"),
         ..Kernel::default()
     };
     Owners::new(config, &kernel).installed(&kernel)

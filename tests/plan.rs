@@ -33,7 +33,7 @@ impl Case {
     fn read(case: &Path) -> Self {
         let read = |name: &str| fs::read_to_string(case.join(name)).unwrap_or_default();
         let config = fs::read_to_string(case.join("config.toml")).ok();
-        let ruleset = Ruleset::parse(&mut read("iptables-save").as_bytes());
+        let ruleset = Ruleset::parse(&read("iptables-save"));
         Self {
             config: config.map(|text| Config::parse(&text).expect("a configuration")),
             kernel: Kernel {

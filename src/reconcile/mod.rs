@@ -280,19 +280,30 @@ fn scope(
     Scope::These(claimants)
 }
 
-/// Why a table that is ours to write to can't be: what it holds is not known.
-fn unlisted(config: Option<&Config>, ruleset: &Ruleset) -> Option<Error> {
-    let is_used = |table: &Table| {
-        let Some(config) = config else { return true };
-        let mut uplinks = config.uplinks.values();
-        *table != Table::Filter || uplinks.any(|uplink| uplink.accept_forward)
-    };
-    let mut tables = Table::ALL.iter().filter(|table| is_used(table));
+/// Why nothing can be written: a table that we write to is not listed, so it is not known what it holds.
+pub fn unlisted(config: Option<&Config>, ruleset: &Ruleset) -> Option<Error> {
+    let mut tables = Table::ALL.into_iter().filter(|it| writes_to(*it, config));
     let table = tables.find(|table| ruleset.incompatible.contains(table.name()))?;
-    Some(anyhow!(
-        "iptables-save does not list the table {table}, since a rule in it is not one of iptables, so nothing is written \
-         there: see nft -a list table ip {table}, and delete that rule, or move it to a table of its own"
-    ))
+    let (what, advice) = not_listed(table.name());
+    Some(anyhow!("{what}, so nothing is written there: see {advice}"))
+}
+
+/// Whether our entries go into a table: into filter only with `accept-forward`.
+pub fn writes_to(table: Table, config: Option<&Config>) -> bool {
+    let accepts = |config: &Config| config.uplinks.values().any(|it| it.accept_forward);
+    table != Table::Filter || config.is_none_or(accepts)
+}
+
+/// What is wrong with a table that iptables-save does not list, and what helps.
+pub fn not_listed(table: &str) -> (String, String) {
+    (
+        format!(
+            "iptables-save does not list the table {table}, since a rule in it is not one of iptables' own"
+        ),
+        format!(
+            "nft -a list table ip {table}, and delete that rule, or move it to a table of its own"
+        ),
+    )
 }
 
 /// Where the links are, and for which addresses entries were made.

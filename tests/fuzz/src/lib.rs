@@ -83,7 +83,7 @@ pub fn config(data: &[u8]) {
 /// Our entries in a listing of iptables-save.
 fn installed(config: Option<&Config>, save: &str) -> Option<State> {
     let kernel = Kernel {
-        ruleset: Ruleset::parse(&mut save.as_bytes()).ok()?,
+        ruleset: Ruleset::parse(&save).ok()?,
         ..Kernel::default()
     };
     Some(Owners::new(config, &kernel).installed(&kernel))
@@ -145,7 +145,7 @@ fn length(
 }
 
 fn walk(text: &str) {
-    let Ok(ruleset) = Ruleset::parse(&mut text.as_bytes()) else {
+    let Ok(ruleset) = Ruleset::parse(&text) else {
         return;
     };
     let ruleset = TracedRuleset::new(&ruleset);
