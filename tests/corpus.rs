@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use mh_hook::event::Direction;
+use mh_hook::reconcile::event::Direction;
 
 #[path = "fuzz/src/lib.rs"]
 mod properties;
@@ -46,11 +46,6 @@ fn config() {
 #[test]
 fn iptables() {
     replay("iptables", properties::iptables);
-}
-
-#[test]
-fn ip() {
-    replay("ip", properties::ip);
 }
 
 #[test]

@@ -13,6 +13,8 @@
 
 LAB_REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LAB_NAMESPACES=(router isp0 isp1 client lan server lanhost)
+# For how many seconds the lab waits for what is to come: no more than a guard, much longer than a busy machine takes.
+LAB_WAIT=${LAB_WAIT:-60}
 
 lab_die() {
     echo "lab: $*" >&2
@@ -222,16 +224,22 @@ lab_listen() {
     local namespace=$1 proto=$2 port
     local -A listen=([tcp]=TCP4-LISTEN [udp]=UDP4-RECVFROM)
     for port in "${@:3}"; do
-        in_ns "$namespace" socat "${listen[$proto]}:$port,fork,reuseaddr" "EXEC:$LAB_DIR/answer $namespace" &
+        lab_answer "$namespace" "${listen[$proto]}:$port,fork,reuseaddr" "$LAB_DIR/answer $namespace"
     done
     for port in "${@:3}"; do
         lab_wait in_ns "$namespace" ss -Hln "--$proto" "sport = :$port"
     done
 }
 
-# lab_wait COMMAND…: until it prints something, 10 s at most, or LAB_WAIT.
+# lab_answer NAMESPACE ADDRESS COMMAND: in the background, by socat. Once a question has ended it would wait for the
+# command's answer for half a second only.
+lab_answer() {
+    in_ns "$1" socat -t "$LAB_WAIT" "$2" "EXEC:$3" &
+}
+
+# lab_wait COMMAND…: until it prints something.
 lab_wait() {
-    local deadline=$((SECONDS + ${LAB_WAIT:-10}))
+    local deadline=$((SECONDS + LAB_WAIT))
     until [[ $("$@") ]]; do
         ((SECONDS < deadline)) || lab_die "waited in vain for: $*"
         sleep 0.02
@@ -240,14 +248,30 @@ lab_wait() {
 
 ## Questions
 
-# ask NAMESPACE tcp|udp ADDRESS PORT [--source ADDRESS]: prints the answer; fails when none comes in time.
+# lab_ask SECONDS NAMESPACE ADDRESS LINE: the first line that comes back from socat's address in so many seconds. They
+# count from when the line has left, however late a busy machine starts what sends it; for TCP the connection has as many.
+lab_ask() {
+    local address=$3 answer='' asker answers
+    case $address in
+        TCP4:*) address+=,connect-timeout=$1 ;;
+        # Such a socket hears no more once it has been shut down.
+        *) address+=,shut-none ;;
+    esac
+    exec {answers}< <(exec ip netns exec "$2" socat -t "$1" - "$address" <<<"$4" 2>/dev/null)
+    asker=$!
+    read -r answer <&"$answers" || true
+    # The next one may want the same port, or count packets: TCP ends by itself, and UDP has no end.
+    if [[ $answer && $address == TCP4:* ]]; then cat <&"$answers" >/dev/null; else kill "$asker" 2>/dev/null || true; fi
+    exec {answers}<&-
+    wait "$asker" 2>/dev/null || true
+    echo "$answer"
+}
+
+# ask NAMESPACE tcp|udp ADDRESS PORT [--source ADDRESS[:PORT]]: prints the answer; fails when none comes in time.
 ask() {
-    local namespace=$1 to=${2^^}4:$3:$4 seconds=${LAB_PATIENCE:-1} line=$SRANDOM answer
+    local to=${2^^}4:$3:$4 line=$SRANDOM answer
     if [[ ${5-} == --source ]]; then to+=,bind=$6; fi
-    # read returns with the line; socat itself would wait for more, UDP having no end.
-    read -r -t "$seconds" answer < <(
-        in_ns "$namespace" timeout "$seconds" socat -t "$seconds" - "$to" <<<"$line" 2>/dev/null
-    ) || return 1
+    answer=$(lab_ask "${LAB_PATIENCE:-1}" "$1" "$to" "$line")
     [[ $answer == *" $line" ]] || return 1
     echo "$answer"
 }
@@ -255,7 +279,7 @@ ask() {
 # expect_answer "NAME PEER" followed by the arguments of ask: who must answer, and what peer it must have seen.
 expect_answer() {
     local answer
-    answer=$(LAB_PATIENCE=${LAB_ANSWER_PATIENCE:-5} ask "${@:2}") || { fail "no answer: ask ${*:2}"; return 1; }
+    answer=$(LAB_PATIENCE=$LAB_WAIT ask "${@:2}") || { fail "no answer: ask ${*:2}"; return 1; }
     [[ ${answer% *} == "$1" ]] || fail "expected an answer from '$1', got '$answer': ask ${*:2}"
 }
 
@@ -264,14 +288,25 @@ expect_silence() {
     ! answer=$(ask "$@") || fail "expected no answer, got '$answer': ask $*"
 }
 
+# some_packets ISP customer|foreign: how many, once there are any. A busy kernel may still have them under way.
+some_packets() {
+    local packets=0 deadline=$((SECONDS + LAB_WAIT))
+    while packets=$(isp_packets "$@"); ((packets == 0 && SECONDS < deadline)); do sleep 0.1; done
+    echo "$packets"
+}
+
 # expect_packets ISP customer|foreign some|none: since isp_zero, or since the link came up.
 expect_packets() {
     local packets
-    packets=$(isp_packets "$1" "$2")
-    case $3-$packets in
-        none-0) ;;
-        none-*) fail "expected no $2 packets at $1, but it counted $packets" ;;
-        some-0) fail "expected $2 packets at $1, but it counted none" ;;
+    case $3 in
+        none)
+            packets=$(isp_packets "$1" "$2")
+            ((packets == 0)) || fail "expected no $2 packets at $1, but it counted $packets"
+            ;;
+        some)
+            packets=$(some_packets "$1" "$2")
+            ((packets > 0)) || fail "expected $2 packets at $1, but it counted none"
+            ;;
     esac
 }
 
@@ -310,6 +345,48 @@ EOF
 processes() {
     in_ns router strace -f -qq -e trace=execve -e signal=none -o "$LAB_DIR/execve" -- "$@" >/dev/null 2>&1
     grep -c ' = 0$' "$LAB_DIR/execve" | awk '{ print $1 - 1 }'
+}
+
+## Monitors
+
+# monitor_start OBJECT…: from here on the router's changes are noted: of nft's tables, and of what `ip monitor` calls by
+# these names, routes among them.
+monitor_start() {
+    in_ns router stdbuf -oL nft monitor >"$LAB_DIR/monitor.nft" 2>&1 &
+    in_ns router stdbuf -oL ip monitor "$@" >"$LAB_DIR/monitor.ip" 2>&1 &
+    lab_wait monitor_listens
+    monitor_mark 1
+}
+
+# monitor_seen: what has been noted since.
+monitor_seen() {
+    monitor_mark "$(($(grep -c 'delete table ip mark' "$LAB_DIR/monitor.nft") + 2))"
+    sed '1,/^delete table ip mark1$/d' "$LAB_DIR/monitor.nft" | grep -vE ' table ip mark|\(nft\)$' || true
+    sed '1,/^Deleted 10\.99\.1\.0/d' "$LAB_DIR/monitor.ip" | grep -v '10\.99\.' || true
+}
+
+# monitor_mark NUMBER: until both have told of what nobody else does, and so of all before it.
+monitor_mark() {
+    mark_once "$1"
+    lab_wait marked "$1"
+}
+
+mark_once() {
+    in_ns router nft "add table ip mark$1"
+    in_ns router nft "delete table ip mark$1"
+    ip -n router route add "10.99.$1.0/24" dev eth1
+    ip -n router route del "10.99.$1.0/24" dev eth1
+}
+
+marked() {
+    if grep -q "^delete table ip mark$1\$" "$LAB_DIR/monitor.nft"; then grep "^Deleted 10\.99\.$1\.0/24 " "$LAB_DIR/monitor.ip" || true; fi
+}
+
+# Those who have only been started may miss a mark.
+monitor_listens() {
+    mark_once 0
+    sleep 0.1
+    marked 0
 }
 
 # fail MESSAGE…: says it, shows the router as it stands, and returns 1.
@@ -392,7 +469,7 @@ run_tests() {
             lab_wants "$backend" "$name" || continue
             # Tests mostly wait, hence more of them than processors.
             ((${#running[@]} < ${LAB_JOBS:-4})) || lab_reap
-            LAB_TEST="$backend $name" timeout --foreground --signal=KILL "${LAB_TIME_LIMIT:-60}" "$BASH" "$0" \
+            LAB_TEST="$backend $name" timeout --foreground --signal=KILL "${LAB_TIME_LIMIT:-600}" "$BASH" "$0" \
                 >"$LAB_DIR/$backend.$name" 2>&1 &
             running[$!]="$backend $name"
         done

@@ -1,6 +1,7 @@
-//! Those who only look: status, check and explain. Nothing in this folder changes anything.
+//! The commands that only look: status, check and explain. Nothing in this folder changes the kernel.
 
 pub mod check;
+mod drift;
 pub mod explain;
 pub mod packet_trace;
 pub mod report;

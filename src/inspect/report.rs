@@ -1,4 +1,4 @@
-//! How `status`, `check` and `explain` speak: as text for a person, or as JSON.
+//! The output of `status`, `check` and `explain`: text for a person, or JSON.
 
 use std::env;
 use std::io::{IsTerminal, Write, stdout};
@@ -6,28 +6,27 @@ use std::io::{IsTerminal, Write, stdout};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-/// In which form a report is printed.
+/// The form in which a report is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub enum Form {
-    /// For a person.
     Text,
-    /// For a program.
     Json,
 }
 
-/// What was found.
+/// The result of a command that only looks.
 pub trait Report: Serialize {
-    /// The lines for a person.
+    /// The text for a person.
     fn text(&self, style: Style) -> String;
 
-    /// Whether all is well: exit status 0, else 1.
+    /// Whether nothing is wrong: exit status 0, else 1.
     fn is_well(&self) -> bool;
 }
 
-/// Prints a report, and says whether all is well.
+/// Prints a report. True if nothing is wrong.
 ///
 /// # Errors
-/// It can't be printed.
+/// Standard output can't be written.
 pub fn print(report: &impl Report, form: Form) -> Result<bool> {
     let style = Style::of_stdout();
     let text = match form {
@@ -40,8 +39,8 @@ pub fn print(report: &impl Report, form: Form) -> Result<bool> {
     Ok(report.is_well())
 }
 
-/// The text without control characters but for line ends and the colours that [`Style::paint`] gives:
-/// what others have written into a rule must not move a terminal's cursor.
+/// Escapes control characters other than line ends and the colours of [`Style::paint`]: a comment in a foreign rule must
+/// not move a terminal's cursor.
 fn printable(text: &str, style: Style) -> String {
     let tones = [Tone::Good, Tone::Doubtful, Tone::Bad, Tone::Strong];
     let codes: Vec<String> = tones
@@ -74,26 +73,26 @@ fn sgr(code: &str) -> String {
     format!("\x1b[{code}m")
 }
 
-/// What ends all colours.
+/// Resets all colours.
 const END: &str = "0";
 
-/// Whether text has colours.
+/// Whether text is coloured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
     /// On a terminal.
     Coloured,
-    /// Elsewhere, or where the environment has `NO_COLOR` (<https://no-color.org>).
+    /// In a file or pipe, or where the environment has `NO_COLOR` (<https://no-color.org>).
     Plain,
 }
 
-/// What a colour says.
+/// What a colour means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tone {
     /// As it should be.
     Good,
     /// Worth a look.
     Doubtful,
-    /// Keeps it from working.
+    /// Does not work.
     Bad,
     /// A heading.
     Strong,
@@ -112,9 +111,9 @@ impl Tone {
 
 impl Style {
     fn of_stdout() -> Self {
-        let undesired = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+        let is_refused = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
             || env::var_os("TERM").is_some_and(|value| value == "dumb");
-        if stdout().is_terminal() && !undesired {
+        if stdout().is_terminal() && !is_refused {
             Self::Coloured
         } else {
             Self::Plain
@@ -130,7 +129,7 @@ impl Style {
     }
 }
 
-/// Rows under each other, each column as wide as its widest cell, two spaces apart. Colours take no room.
+/// The rows as a table, each column as wide as its widest cell, two spaces apart. Colour codes have no width.
 pub fn align(rows: &[Vec<String>]) -> String {
     let mut widths: Vec<usize> = Vec::new();
     for row in rows {
@@ -151,7 +150,7 @@ pub fn align(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// The characters that show: not those of [`Style::paint`]'s sequences, which end at an `m`.
+/// The number of characters that are visible: not those of [`Style::paint`]'s sequences, which end with an `m`.
 fn width_of(cell: &str) -> usize {
     let mut parts = cell.split('\x1b');
     let plain = parts.next().unwrap_or_default().chars().count();

@@ -1,4 +1,4 @@
-//! The machine at one instant, everybody's entries and ours, for those who only look. Changes nothing.
+//! The kernel's state at one instant, foreign entries and ours, for the commands that only look. Changes nothing.
 
 use std::time::{Duration, Instant};
 
@@ -11,39 +11,43 @@ use crate::kernel::conntrack::{self, Flow};
 use crate::kernel::ip::{self, RouteLookup};
 use crate::kernel::iptables_save::Ruleset;
 use crate::kernel::observe::{Kernel, has_tables};
+use crate::kernel::root::Root;
 use crate::kernel::routing::Whose;
 use crate::kernel::tools::{Backend, Counters, Tools};
 use crate::model::link::UplinkLinks;
 use crate::model::state::State;
 use crate::reconcile::desired::desired_state;
+use crate::reconcile::diff::{Step, diff};
 use crate::reconcile::ownership::Owners;
 use crate::reconcile::request::{Request, Seen};
 use crate::runtime::privilege::drop_all_but_needed;
 
-/// How long looking may take.
+/// How long all questions together may take.
 const LIMIT: Duration = Duration::from_secs(28);
 
-/// All that was asked, once.
+/// What was read once, and the tools to ask further.
 #[derive(Debug)]
 pub struct Snapshot {
+    /// Where files of the system are read.
+    pub root: Root,
     /// The tools, to ask further.
     pub tools: Tools,
-    /// Everybody's rules and routes, the interfaces, and the tables of the backend in use.
+    /// All rules and routes, the interfaces, and the tables of the iptables backend in use.
     pub kernel: Kernel,
-    /// The tables of the backend that is not in use, where there are any.
+    /// The tables of the backend that is not in use, unless they are empty.
     pub other_ruleset: Option<(Backend, Ruleset)>,
     /// The rules of both backends, to trace packets by.
     pub rulesets: Vec<(Backend, TracedRuleset)>,
-    /// The tables that nftables has beside those of iptables, where its tool is installed.
+    /// The tables of nftables that are not iptables' own; none where nft is not installed.
     pub nft_tables: Vec<String>,
-    /// The connections that are tracked; none where conntrack is not installed.
+    /// The tracked connections; none where conntrack is not installed.
     pub flows: Option<Vec<Flow>>,
 }
 
 /// Our entries, installed and desired.
 #[derive(Debug)]
 pub struct Comparison {
-    /// Whose the installed entries are.
+    /// Tells whose an installed entry is.
     pub owners: Owners,
     /// Our installed entries.
     pub installed: State,
@@ -54,18 +58,27 @@ pub struct Comparison {
 }
 
 impl Snapshot {
-    /// Asks the kernel, by the tools where there is no other way.
+    /// Reads the system's state.
     ///
     /// # Errors
-    /// A tool can't be run or fails, or says what can't be read.
+    /// A tool can't be run or fails, or the answer of a tool or of the kernel can't be read.
     pub fn read() -> Result<Self> {
         ensure!(
             geteuid().is_root(),
             "must be root: the kernel's routing and iptables are to be read"
         );
+        let root = Root::system();
         let tools = Tools::find(Instant::now() + LIMIT)?;
         drop_all_but_needed(tools.backend);
         let kernel = Kernel::read(&tools, Whose::Everybodys, Counters::Shown)?;
+        Self::new(root, tools, kernel)
+    }
+
+    /// Asks the tools what the kernel's part leaves open.
+    ///
+    /// # Errors
+    /// A tool can't be run or fails, or its answer can't be read.
+    pub fn new(root: Root, tools: Tools, kernel: Kernel) -> Result<Self> {
         let other = tools.other().filter(|other| has_tables(other.backend));
         let other_ruleset = other.map(|other| -> Result<(Backend, Ruleset)> {
             let save = other.iptables_save(Counters::Shown)?;
@@ -76,20 +89,19 @@ impl Snapshot {
         if let Some((backend, ruleset)) = &other_ruleset {
             rulesets.push((*backend, TracedRuleset::new(ruleset)));
         }
-        let flows = tools
-            .conntrack_list()?
-            .map(|listing| conntrack::parse(&listing));
+        let flows = tools.conntrack_list()?;
         Ok(Self {
             nft_tables: nft_tables(&tools.nft_tables()?.unwrap_or_default()),
+            flows: flows.map(|listing| conntrack::parse(&listing)),
+            root,
             tools,
             kernel,
             other_ruleset,
             rulesets,
-            flows,
         })
     }
 
-    /// Compares our installed entries with those that `sync` would bring about.
+    /// Compares our installed entries with those that `sync` would make.
     ///
     /// # Errors
     /// An address that can't be an uplink's.
@@ -111,10 +123,19 @@ impl Snapshot {
         })
     }
 
-    /// The kernel's own answer to `ip route get`, or its refusal in its words.
+    /// What makes one state of the other, except in tables that iptables-save does not list: entries that can't be seen
+    /// may well be installed.
+    pub fn steps(&self, installed: &State, desired: &State) -> Vec<Step> {
+        let unlisted = &self.kernel.ruleset.incompatible;
+        let mut steps = diff(installed, desired);
+        steps.retain(|step| step.table().is_none_or(|it| !unlisted.contains(it.name())));
+        steps
+    }
+
+    /// The kernel's answer to `ip route get`, or its refusal: `Network is unreachable`.
     ///
     /// # Errors
-    /// `ip` can't be run, or answers what can't be read.
+    /// `ip` can't be run, or its answer can't be read.
     pub fn route_get(&self, question: &str) -> Result<Result<RouteLookup, String>> {
         let output = self.tools.ip_ask(&format!("route get {question}"))?;
         if output.status.success() {
@@ -122,7 +143,7 @@ impl Snapshot {
                 .with_context(|| format!("ip route get {question}"))
                 .map(Ok);
         }
-        // A refusal has words; whatever else ended it says nothing of the route.
+        // Without these words it was not the kernel that refused.
         let words = output.stderr.lines().next();
         let words = words.and_then(|words| words.strip_prefix("RTNETLINK answers: "));
         match words {
@@ -132,22 +153,21 @@ impl Snapshot {
     }
 }
 
-/// The tables in `nft list tables` that are not iptables' own: `table inet firewall`.
+/// The tables in `nft list tables` that IPv4 packets pass and that are not iptables' own: `table inet firewall`.
 fn nft_tables(listing: &str) -> Vec<String> {
     let is_iptables = |table: &&str| {
         table
             .strip_prefix("table ip ")
             .is_some_and(|name| ["raw", "mangle", "nat", "filter", "security"].contains(&name))
     };
-    // Those of other families do not see IPv4 packets on their way through.
-    let is_seen = |table: &&str| {
+    let is_passed = |table: &&str| {
         ["table ip ", "table inet ", "table netdev "]
             .iter()
             .any(|family| table.starts_with(family))
     };
     let tables = listing.lines().map(str::trim);
     tables
-        .filter(|table| is_seen(table) && !is_iptables(table))
+        .filter(|table| is_passed(table) && !is_iptables(table))
         .map(str::to_owned)
         .collect()
 }

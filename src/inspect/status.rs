@@ -1,5 +1,5 @@
-//! `mh-hook status`: each uplink, its link, what stands against what should, what its forwards have
-//! seen. The structs are the JSON, whose schema is packaging/schema/status.schema.json.
+//! `mh-hook status`: each uplink, its link, its missing and extra entries, and what its forwards have counted. The structs
+//! are the JSON, whose schema is packaging/schema/status.schema.json.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -9,11 +9,11 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::config::{Config, Uplink};
+use crate::inspect::drift::Drift;
 use crate::inspect::report::{Report, Style, Tone, align};
 use crate::inspect::snapshot::{Comparison, Snapshot};
 use crate::kernel::conntrack::Flow;
 use crate::kernel::iptables_save::{Counter, Ruleset};
-use crate::kernel::sysctl;
 use crate::model::forward::Forward;
 use crate::model::link::UplinkLink;
 use crate::model::names::IfName;
@@ -21,90 +21,94 @@ use crate::model::names::UplinkName;
 use crate::model::netfilter::Rule;
 use crate::model::route::FwMark;
 use crate::model::state::State;
-use crate::reconcile::diff::{Change, diff};
+use crate::reconcile::diff::diff;
 use crate::reconcile::dnat;
 use crate::reconcile::ownership::{Part, parts};
+use crate::reconcile::unlisted;
 
-/// What `mh-hook status` finds.
+/// What `mh-hook status` prints.
 #[derive(Debug, Serialize)]
 pub struct Status {
-    /// Whether nothing is missing, and nothing surplus.
+    /// Whether nothing is missing, and nothing extra, as far as is known for sure.
     in_step: bool,
-    /// The bits of the marks that are ours.
+    /// The bits of the packet and connection mark that are ours.
     mask: u32,
-    /// The uplinks, by name, or the one that was asked for.
+    /// All uplinks by name, or the one that was asked for.
     uplinks: Vec<UplinkStatus>,
-    /// What takes away the entries that no configured uplink claims; none where one uplink was asked for.
+    /// The commands that remove the entries of no configured uplink; none where one uplink was asked for.
     orphans: Option<Vec<String>>,
+    /// Why it is not known whether all entries are installed.
+    #[serde(skip)]
+    unlisted: Option<String>,
 }
 
-/// An uplink.
 #[derive(Debug, Serialize)]
 struct UplinkStatus {
     name: String,
-    /// Its interface, where it is known.
+    /// None where nothing tells which interface it is.
     interface: Option<String>,
     link: LinkState,
-    /// The link's address that entries are for.
+    /// The link's address that the desired entries are for.
     address: Option<Ipv4Addr>,
     /// For how long the link has had that address.
     up_seconds: Option<u64>,
-    /// Its routing table.
     table: Option<u32>,
-    /// The mark of its connections.
     mark: Option<u32>,
-    /// How many tracked connections carry that mark now; none without a mark or without conntrack.
+    /// The number of tracked connections with that mark; none without a mark or without conntrack.
     marked: Option<usize>,
-    /// Whether nothing is missing, and nothing surplus.
+    /// Whether nothing is missing, and nothing extra.
     in_step: bool,
-    /// The commands that take away what should not stand, in their order, to be run ahead of `missing`.
-    surplus: Vec<String>,
-    /// The commands that make what should stand, in their order.
+    /// The commands that remove extra entries, to be run in this order and before those in `missing`.
+    #[serde(rename = "surplus")]
+    extra: Vec<String>,
+    /// The commands that add missing entries, to be run in this order.
     missing: Vec<String>,
-    /// Its forwards, in the order of the configuration.
+    /// The entries to count: adding a chain, for instance, takes more commands.
+    #[serde(skip)]
+    drift: Drift,
+    /// In the order of the configuration.
     forwards: Vec<ForwardStatus>,
 }
 
-/// How an uplink's link is.
+/// The state of an uplink's link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum LinkState {
-    /// It is up, and has an address.
+    /// Up, with an address.
     Up,
-    /// It is up without an address.
+    /// Up, without an address.
     NoAddress,
-    /// It is there, and not up.
+    /// The interface exists, and is down.
     Down,
     /// There is no such interface.
     Missing,
-    /// Nothing that stands tells which link it is.
+    /// No installed entry tells which interface it is.
     Unknown,
 }
 
-/// A port forward.
 #[derive(Debug, Serialize)]
 struct ForwardStatus {
-    /// Its protocols and ports: `tcp/80`.
+    /// Protocols and ports: `tcp/80`.
     service: String,
-    /// The sources that may use it; none given means all.
+    /// The sources that may use it; empty for all.
     from: Vec<String>,
-    /// The LAN host, and its port where it is another.
+    /// The LAN host, and the port there if it is another.
     to: String,
-    /// The connections that it was given since its chain was written: a nat rule sees the first packet
-    /// of each (iptables(8), nat). None where none of its rules stands.
+    /// The connections that it has taken since its chain was written: a nat rule sees the first packet
+    /// of each (iptables(8), nat). None where none of its rules is installed.
     connections: Option<u64>,
     /// The bytes of those first packets.
     bytes: Option<u64>,
-    /// Its connections that are tracked now; none without conntrack or without an address.
+    /// Its tracked connections; none without conntrack or without an address.
     open: Option<usize>,
-    /// Their bytes, both directions, where the kernel counts them.
+    /// The bytes of those in both directions, where the kernel counts them (`nf_conntrack_acct`).
     open_bytes: Option<u64>,
 }
 
-/// Compares what stands with what should, for all uplinks or this one.
+/// Compares the installed with the desired entries, of all uplinks or of one.
 ///
 /// # Errors
-/// The kernel can't be asked, or a link's address can't be an uplink's.
+/// A link has an address that can't be an uplink's.
 pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -> Result<Status> {
     let Comparison {
         owners,
@@ -135,13 +139,18 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
     }
     let orphans = name
         .is_none()
-        .then(|| mending(&orphans, &State::default()).0);
-    let well = uplinks.iter().all(|uplink| uplink.in_step);
+        .then(|| Drift::commands(&diff(&orphans, &State::default())).extra);
+    let unlisted = unlisted(Some(config), &snapshot.kernel.ruleset);
+    for uplink in &mut uplinks {
+        uplink.in_step &= unlisted.is_none();
+    }
+    let well = uplinks.iter().all(|uplink| uplink.in_step) && unlisted.is_none();
     Ok(Status {
         in_step: well && orphans.as_ref().is_none_or(Vec::is_empty),
         mask: config.mask,
         uplinks,
         orphans,
+        unlisted: unlisted.map(|error| error.to_string()),
     })
 }
 
@@ -171,7 +180,8 @@ fn uplink_status(
     let mark = uplink.routing.as_ref().map(|routing| routing.mark);
     let flows = snapshot.flows.as_deref();
     let address = link.map(|link| link.address);
-    let (surplus, missing) = mending(&part.installed, &part.desired);
+    let steps = snapshot.steps(&part.installed, &part.desired);
+    let Drift { missing, extra } = Drift::commands(&steps);
     UplinkStatus {
         name: name.to_string(),
         interface: interface.map(|interface| interface.to_string()),
@@ -184,37 +194,25 @@ fn uplink_status(
             let marked = flows.iter().filter(|flow| mark.matches(flow.mark));
             marked.count()
         }),
-        in_step: surplus.is_empty() && missing.is_empty(),
-        surplus,
+        in_step: steps.is_empty(),
+        extra,
         missing,
-        forwards: forwards(name, uplink, &snapshot.kernel.ruleset, flows.zip(address)),
+        drift: Drift::entries(&steps),
+        forwards: forwards(name, uplink, snapshot, address),
     }
-}
-
-/// The commands that take away, and those that make.
-fn mending(installed: &State, desired: &State) -> (Vec<String>, Vec<String>) {
-    let (mut surplus, mut missing) = (Vec::new(), Vec::new());
-    for step in diff(installed, desired) {
-        for (change, command) in step.commands() {
-            let target = match change {
-                Change::Delete => &mut surplus,
-                Change::Add | Change::Replace => &mut missing,
-            };
-            target.push(command.to_string());
-        }
-    }
-    (surplus, missing)
 }
 
 fn forwards(
     name: &UplinkName,
     uplink: &Uplink,
-    ruleset: &Ruleset,
-    tracked: Option<(&[Flow], Ipv4Addr)>,
+    snapshot: &Snapshot,
+    address: Option<Ipv4Addr>,
 ) -> Vec<ForwardStatus> {
-    let counters = counters(name, ruleset);
-    let accounts = sysctl::read("net/netfilter/nf_conntrack_acct").as_deref() == Some("1");
-    // As in the chain, the first that takes a connection has it.
+    let counters = counters(name, &snapshot.kernel.ruleset);
+    let acct = snapshot.root.sysctl("net/netfilter/nf_conntrack_acct");
+    let has_bytes = acct.as_deref() == Some("1");
+    let tracked = snapshot.flows.as_deref().zip(address);
+    // As in the chain, the first forward that takes a connection has it.
     let mut open: BTreeMap<usize, Vec<&Flow>> = BTreeMap::new();
     for (flow, address) in tracked
         .iter()
@@ -227,8 +225,8 @@ fn forwards(
     }
     let statuses = uplink.forwards.iter().enumerate().map(|(index, forward)| {
         let rules: BTreeSet<Rule> = dnat::rules(forward).map(|(_, rule)| rule).collect();
-        let standing = rules.iter().filter_map(|rule| counters.get(rule));
-        let counter = standing.copied().reduce(Counter::plus);
+        let installed = rules.iter().filter_map(|rule| counters.get(rule));
+        let counter = installed.copied().reduce(Counter::plus);
         let open = tracked.map(|_| open.remove(&index).unwrap_or_default());
         ForwardStatus {
             service: forward.to_string(),
@@ -241,7 +239,7 @@ fn forwards(
             bytes: counter.map(|counter| counter.bytes),
             open_bytes: open
                 .as_ref()
-                .filter(|_| accounts)
+                .filter(|_| has_bytes)
                 .map(|open| open.iter().filter_map(|flow| flow.bytes).sum()),
             open: open.map(|open| open.len()),
         }
@@ -249,7 +247,7 @@ fn forwards(
     statuses.collect()
 }
 
-/// What the rules of the uplink's nat chains have counted. Doubles count together.
+/// The counters of the rules in the uplink's nat chains; those of equal rules are added up.
 fn counters<'a>(name: &UplinkName, ruleset: &'a Ruleset) -> BTreeMap<&'a Rule, Counter> {
     let mut counters: BTreeMap<&Rule, Counter> = BTreeMap::new();
     let chains = ruleset.tables.get("nat").into_iter().flatten();
@@ -261,7 +259,7 @@ fn counters<'a>(name: &UplinkName, ruleset: &'a Ruleset) -> BTreeMap<&'a Rule, C
     counters
 }
 
-/// Whether the forward, of an uplink with this address, has made this connection.
+/// Whether a connection is one of the forward's, of an uplink with this address.
 fn made(forward: &Forward, address: Ipv4Addr, flow: &Flow) -> bool {
     flow.original.destination == address
         && flow.reply.source == forward.to
@@ -271,27 +269,20 @@ fn made(forward: &Forward, address: Ipv4Addr, flow: &Flow) -> bool {
 impl Report for Status {
     fn text(&self, style: Style) -> String {
         if self.uplinks.is_empty() && self.in_step {
-            return "no uplinks are configured, and nothing of ours stands\n".to_owned();
+            return "no uplinks are configured, and no entries of ours are installed\n".to_owned();
         }
         let mut text = self.uplinks_text(style) + &self.forwards_text(style);
         for uplink in &self.uplinks {
             let name = &uplink.name;
-            commands(
-                &mut text,
-                style,
-                &format!("{name}: surplus"),
-                &uplink.surplus,
-            );
-            commands(
-                &mut text,
-                style,
-                &format!("{name}: missing"),
-                &uplink.missing,
-            );
+            for (what, lines) in [("extra", &uplink.extra), ("missing", &uplink.missing)] {
+                commands(&mut text, style, &format!("{name}: {what}"), lines);
+            }
         }
         let orphans = self.orphans.as_deref().unwrap_or_default();
         commands(&mut text, style, "of no configured uplink", orphans);
-        if !self.in_step {
+        if let Some(why) = &self.unlisted {
+            text += &format!("\n{}\n", style.paint(Tone::Bad, &format!("# {why}")));
+        } else if !self.in_step {
             text += "# or all at once: mh-hook sync\n";
         }
         text
@@ -364,7 +355,7 @@ impl Status {
 }
 
 impl UplinkStatus {
-    /// For how long the link is up, or why it is not.
+    /// For how long the link has had its address, or why it has none.
     fn up_for(&self, style: Style) -> String {
         let why_not = match (self.link, self.up_seconds) {
             (LinkState::Up, Some(seconds)) => return duration(seconds),
@@ -372,7 +363,7 @@ impl UplinkStatus {
             (LinkState::NoAddress, _) => "no address",
             (LinkState::Down, _) => "down",
             (LinkState::Missing, _) => "no such link",
-            (LinkState::Unknown, _) => "link not known",
+            (LinkState::Unknown, _) => "unknown link",
         };
         style.paint(Tone::Doubtful, why_not)
     }
@@ -381,8 +372,10 @@ impl UplinkStatus {
         if self.in_step {
             return style.paint(Tone::Good, "in step");
         }
-        let (missing, surplus) = (self.missing.len(), self.surplus.len());
-        let text = format!("drifted: {missing} missing, {surplus} surplus");
+        let text = match (self.drift.missing.len(), self.drift.extra.len()) {
+            (0, 0) => "not known".to_owned(),
+            (missing, extra) => format!("drifted: {missing} missing, {extra} extra"),
+        };
         style.paint(Tone::Bad, &text)
     }
 }
@@ -391,7 +384,7 @@ fn cell<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
-/// Commands below a heading that a shell takes for a comment, so that all can be pasted at once.
+/// Commands below a heading that is a comment to a shell, so that all of it can be pasted.
 fn commands(text: &mut String, style: Style, heading: &str, commands: &[String]) {
     if commands.is_empty() {
         return;

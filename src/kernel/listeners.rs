@@ -1,8 +1,8 @@
 //! The router's own listening sockets, from /proc/net/tcp and its like (Documentation/networking/proc_net_tcp.rst).
 
-use std::fs;
 use std::net::Ipv4Addr;
 
+use crate::kernel::root::Root;
 use crate::model::forward::Protocol;
 
 /// A socket that is bound to a port and not connected.
@@ -21,6 +21,11 @@ type ParseAddress = fn(&str) -> Option<Ipv4Addr>;
 
 /// The listening sockets of a protocol. Empty if it is neither TCP nor UDP.
 pub fn listening(protocol: Protocol) -> Vec<Socket> {
+    listening_below(&Root::system(), protocol)
+}
+
+/// The listening sockets, by the files below another root folder.
+pub fn listening_below(root: &Root, protocol: Protocol) -> Vec<Socket> {
     let files: [(&str, ParseAddress); 2] = match protocol {
         Protocol::Tcp => [("tcp", parse_v4), ("tcp6", parse_v6)],
         Protocol::Udp => [("udp", parse_v4), ("udp6", parse_v6)],
@@ -28,7 +33,7 @@ pub fn listening(protocol: Protocol) -> Vec<Socket> {
     };
     let mut sockets = Vec::new();
     for (file, parse_address) in files {
-        let text = fs::read_to_string(format!("/proc/net/{file}")).unwrap_or_default();
+        let text = root.read(format!("/proc/net/{file}")).unwrap_or_default();
         let lines = text.lines().skip(1);
         sockets.extend(lines.filter_map(|line| socket(line, protocol, parse_address)));
     }

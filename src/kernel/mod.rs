@@ -8,6 +8,7 @@ pub mod listeners;
 pub mod netlink;
 pub mod observe;
 pub mod process;
+pub mod root;
 pub mod routing;
 pub mod sysctl;
 pub mod tools;

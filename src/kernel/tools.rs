@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::kernel::process::{self, Output, Process};
+use crate::kernel::root::Root;
 
 /// The folders that are searched for tools. PATH is not: the caller chooses it.
 const DIRS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
@@ -22,6 +23,8 @@ pub struct Tools {
     save: PathBuf,
     restore: PathBuf,
     conntrack: Option<PathBuf>,
+    nft: Option<PathBuf>,
+    root: Root,
     /// The backend that these iptables-save and iptables-restore use.
     pub backend: Backend,
     /// The command to show to a person: `iptables`, or `iptables-legacy` if that is the backend that is not in use.
@@ -94,6 +97,15 @@ impl Tools {
     /// # Errors
     /// A tool is missing; the error names the package that has it.
     pub fn find(deadline: Instant) -> Result<Self> {
+        Self::find_below(&Root::system(), deadline)
+    }
+
+    /// The same of the tools below another root folder.
+    ///
+    /// # Errors
+    /// Those of [`Self::find`].
+    pub fn find_below(root: &Root, deadline: Instant) -> Result<Self> {
+        let find = |name, package| find(root, name, package);
         let ip = find("ip", "iproute2")?;
         let save = find("iptables-save", "iptables")?;
         let real_path = save
@@ -105,6 +117,8 @@ impl Tools {
             save,
             restore: find("iptables-restore", "iptables")?,
             conntrack: find("conntrack", "conntrack").ok(),
+            nft: find("nft", "nftables").ok(),
+            root: root.clone(),
             backend: if is_legacy {
                 Backend::Legacy
             } else {
@@ -119,8 +133,8 @@ impl Tools {
     pub fn other(&self) -> Option<Self> {
         let backend = self.backend.other();
         Some(Self {
-            save: find(&format!("{backend}-save"), "iptables").ok()?,
-            restore: find(&format!("{backend}-restore"), "iptables").ok()?,
+            save: find(&self.root, &format!("{backend}-save"), "iptables").ok()?,
+            restore: find(&self.root, &format!("{backend}-restore"), "iptables").ok()?,
             backend,
             iptables: backend.name(),
             ..self.clone()
@@ -165,10 +179,10 @@ impl Tools {
     /// # Errors
     /// It can't be run.
     pub fn nft_chains(&self) -> Result<Option<String>> {
-        let Ok(path) = find("nft", "nftables") else {
+        let Some(path) = &self.nft else {
             return Ok(None);
         };
-        let output = self.start(&path, &["list", "chains"])?.finish()?;
+        let output = self.start(path, &["list", "chains"])?.finish()?;
         Ok(output.status.success().then_some(output.stdout))
     }
 
@@ -185,9 +199,9 @@ impl Tools {
     /// # Errors
     /// It can't be run, or fails.
     pub fn nft_tables(&self) -> Result<Option<String>> {
-        match find("nft", "nftables") {
-            Ok(path) => self.start(&path, &["list", "tables"])?.answer().map(Some),
-            Err(_) => Ok(None),
+        match &self.nft {
+            Some(path) => self.start(path, &["list", "tables"])?.answer().map(Some),
+            None => Ok(None),
         }
     }
 
@@ -281,8 +295,10 @@ pub fn start_self(args: &[OsString]) -> Result<()> {
     Ok(())
 }
 
-fn find(name: &str, package: &str) -> Result<PathBuf> {
-    let mut paths = DIRS.iter().map(|dir| Path::new(dir).join(name));
+fn find(root: &Root, name: &str, package: &str) -> Result<PathBuf> {
+    let mut paths = DIRS
+        .iter()
+        .map(|dir| root.place(&Path::new(dir).join(name)));
     paths.find(|path| path.is_file()).with_context(|| {
         format!(
             "there is no {name} in {}: install it (apt-get install {package})",

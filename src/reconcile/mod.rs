@@ -34,7 +34,7 @@ use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::desired::desired_state;
 use crate::reconcile::diff::{Step, diff};
 use crate::reconcile::other_backend::OtherBackend;
-use crate::reconcile::ownership::{Claimant, Owners, Scope};
+use crate::reconcile::ownership::{Claimant, Claimants, Owners, Scope};
 use crate::reconcile::request::{Request, Seen};
 use crate::runtime::lock::Lock;
 use crate::runtime::output;
@@ -86,6 +86,75 @@ impl Session {
     }
 }
 
+/// What a request comes to.
+#[derive(Debug)]
+pub struct Plan {
+    /// The links of the uplinks in question.
+    pub links: UplinkLinks,
+    /// Whose entries the request is about.
+    pub scope: Scope,
+    /// Our installed entries.
+    pub installed: State,
+    /// Our desired entries.
+    pub desired: State,
+    /// What makes the one of the other.
+    pub steps: Vec<Step>,
+    owners: Owners,
+}
+
+impl Plan {
+    /// The plan of a request, without a configuration that of removing. None where there is nothing to do: the call is a
+    /// late one, or says nothing without a configuration.
+    ///
+    /// # Errors
+    /// Those of [`Request::links`].
+    pub fn new(
+        request: &Request,
+        config: Option<&Config>,
+        kernel: &Kernel,
+    ) -> Result<Option<Self>> {
+        let owners = Owners::new(config, kernel);
+        let installed = owners.installed(kernel);
+        let seen = Seen {
+            owners: &owners,
+            installed: &installed,
+            links: &kernel.links,
+        };
+        let Some(links) = request.links_in_question(config, &seen)? else {
+            return Ok(None);
+        };
+        let scope = scope(request, config, &links, &owners);
+        let left_alone = owners.left_alone(&installed, &scope);
+        let desired = desired_state(config, &links, left_alone);
+        let steps = diff(&installed, &desired);
+        Ok(Some(Self {
+            links,
+            scope,
+            installed,
+            desired,
+            steps,
+            owners,
+        }))
+    }
+
+    /// Whether it makes entries, and does not only remove some.
+    fn makes(&self) -> bool {
+        self.links.values().any(Option::is_some)
+    }
+
+    /// Whether the links are still where they were when the plan was made.
+    fn holds(&self, request: &Request, config: Option<&Config>) -> Result<bool> {
+        let links = Link::all()?;
+        let seen = Seen {
+            owners: &self.owners,
+            installed: &self.installed,
+            links: &links,
+        };
+        let now = request.links_in_question(config, &seen)?;
+        Ok(now.is_some_and(|now| places(&now) == places(&self.links)))
+    }
+}
+
 /// Brings the kernel to what the request asks for. Without a configuration, because it does not hold, entries can only
 /// be removed.
 ///
@@ -99,6 +168,11 @@ pub fn reconcile(
 ) -> Result<()> {
     let Session { started, tools, .. } = session;
     let named = || request.to_string();
+    if let Some((interface, config)) = request.interface().zip(config)
+        && request.named(config)?.is_empty()
+    {
+        debug!("no uplink names {interface}: only what the kernel's entries tell is looked for");
+    }
     let other_backend = OtherBackend::read(tools, config);
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
@@ -108,90 +182,74 @@ pub fn reconcile(
         let kernel = Kernel::read(tools, Whose::Ours, Counters::Hidden)
             .map_err(|error| all(&total.errors, Some(error)))
             .with_context(named)?;
-        let owners = Owners::new(config, &kernel);
-        let installed = owners.installed(&kernel);
-        let seen = Seen {
-            owners: &owners,
-            installed: &installed,
-            links: &kernel.links,
-        };
-        let Some(links) = request.links_in_question(config, &seen)? else {
+        let Some(plan) = Plan::new(request, config, &kernel)? else {
             return Ok(());
         };
-        let scope = scope(request, config, &links, &owners);
-        let desired = desired_state(config, &links, owners.left_alone(&installed, &scope));
+        let Plan {
+            links,
+            installed,
+            desired,
+            steps,
+            ..
+        } = &plan;
+        let describe = || describe(request, links);
         if let Some(doubt) = config
-            .and_then(|config| request.doubts(config, &links))
+            .and_then(|config| request.doubts(config, links))
             .filter(|_| round == 0)
         {
             warn!("{doubt}");
         }
         let unlisted = unlisted(config, &kernel.ruleset);
-        let adds = links.values().any(Option::is_some);
-        if let Some(error) = unlisted.as_ref().filter(|_| adds) {
-            bail!("{}: {error}", describe(request, &links));
+        if let Some(error) = unlisted.as_ref().filter(|_| plan.makes()) {
+            bail!("{}: {error}", describe());
         }
-        let steps = diff(&installed, &desired);
         if log_enabled!(Level::Debug) {
-            tell_unchanged(&desired, &steps);
+            tell_unchanged(desired, steps);
         }
         if mode == Mode::DryRun {
-            let flows = match stale_flows::leaves_some(&steps) {
-                true => tracked(tools)?,
-                false => Vec::new(),
-            };
-            let stale = stale(config, &links, &installed, &desired, &flows);
-            let deletions = conntrack::deletions(&flows, &stale);
-            let mut steps = vec![(tools, steps)];
-            if let Some(there) = &other_backend {
-                steps.push((&there.tools, there.removal(request, &scope)));
-            }
-            return print(&steps, &deletions);
+            return print(tools, config, &plan, other_backend.as_ref(), request);
         }
         // The same steps once more would fail once more.
-        if failed.as_ref() == Some(&steps) {
-            return Err(all(&total.errors, None)).with_context(|| describe(request, &links));
+        if failed.as_ref() == Some(steps) {
+            return Err(all(&total.errors, None)).with_context(describe);
         }
-        let on_error = if adds { OnError::Stop } else { OnError::GoOn };
-        if before.is_none() && stale_flows::leaves_some(&steps) {
+        if before.is_none() && stale_flows::leaves_some(steps) {
             before = Some(installed.clone());
         }
-        let outcome = apply(tools, &steps, on_error);
+        let on_error = match plan.makes() {
+            true => OnError::Stop,
+            false => OnError::GoOn,
+        };
+        let outcome = apply(tools, steps, on_error);
         total.added += outcome.added;
         total.removed += outcome.removed;
         total.errors = outcome.errors;
         if !total.errors.is_empty() {
             debug!("{:#}; looking again", all(&total.errors, None));
-            failed = Some(steps);
+            failed = Some(plan.steps);
             continue;
         }
         if let Some(before) = &before {
-            let ended = end_stale(tools, config, &links, before, &desired);
+            let ended = end_stale(tools, config, links, before, desired);
             // What has failed once may have been a mishap; nobody would ask again.
             let ended = ended.or_else(|error| {
                 debug!("{error:#}; once more");
-                end_stale(tools, config, &links, before, &desired)
+                end_stale(tools, config, links, before, desired)
             });
             total.removed += ended.with_context(named)?;
         }
         if let Some(there) = &other_backend {
-            let outcome = there.remove(request, &scope);
+            let outcome = there.remove(request, &plan.scope);
             total.removed += outcome.removed;
             if !outcome.errors.is_empty() {
                 return Err(all(&outcome.errors, None)).with_context(named);
             }
         }
-        let now = Link::all()?;
-        let seen = Seen {
-            links: &now,
-            ..seen
-        };
-        let now = request.links_in_question(config, &seen)?;
-        if now.is_some_and(|now| places(&now) == places(&links)) {
+        if plan.holds(request, config)? {
             if let Some(error) = unlisted {
-                bail!("{}: {error}", describe(request, &links));
+                bail!("{}: {error}", describe());
             }
-            summary(request, &links, &total, *started);
+            summary(request, links, &total, *started);
             return Ok(());
         }
     }
@@ -203,8 +261,8 @@ pub fn reconcile(
     Err(all(&total.errors, None))
 }
 
-/// Whose entries the request is about. Entries of uplinks that are configured no longer, and of nobody, go with `sync`, or
-/// with the interface that they name.
+/// Whose entries the request is about: those of the uplinks in question, of whoever else had the interface, and of uplinks
+/// that are configured no longer. Orphans of which nothing tells whose they are go with `sync`.
 fn scope(
     request: &Request,
     config: Option<&Config>,
@@ -214,32 +272,38 @@ fn scope(
     let Some(interface) = request.interface() else {
         return Scope::All;
     };
-    let is_configured =
-        |name: &UplinkName| config.is_some_and(|config| config.uplinks.contains_key(name));
-    let mut claimants: Vec<Claimant> = links.keys().cloned().map(Claimant::Uplink).collect();
-    let bound = owners.bound_to(interface).into_iter();
-    claimants.extend(
-        bound
-            .filter(|name| !is_configured(name))
-            .map(Claimant::Uplink),
-    );
-    claimants.push(Claimant::Link(interface.to_string()));
-    Scope::These(claimants.into_iter().collect())
+    // Without a configuration nothing tells which they are.
+    let unconfigured = owners.unconfigured().filter(|_| config.is_some());
+    let names = links.keys().chain(unconfigured).cloned();
+    let mut claimants: Claimants = names.map(Claimant::Uplink).collect();
+    claimants.insert(Claimant::Link(interface.to_string()));
+    Scope::These(claimants)
 }
 
-/// Why a table that is ours to write to can't be: what it holds is not known.
-fn unlisted(config: Option<&Config>, ruleset: &Ruleset) -> Option<Error> {
-    let is_used = |table: &Table| {
-        let Some(config) = config else { return true };
-        let mut uplinks = config.uplinks.values();
-        *table != Table::Filter || uplinks.any(|uplink| uplink.accept_forward)
-    };
-    let mut tables = Table::ALL.iter().filter(|table| is_used(table));
+/// Why nothing can be written: a table that we write to is not listed, so it is not known what it holds.
+pub fn unlisted(config: Option<&Config>, ruleset: &Ruleset) -> Option<Error> {
+    let mut tables = Table::ALL.into_iter().filter(|it| writes_to(*it, config));
     let table = tables.find(|table| ruleset.incompatible.contains(table.name()))?;
-    Some(anyhow!(
-        "iptables-save does not list the table {table}, since a rule in it is not one of iptables, so nothing is written \
-         there: see nft -a list table ip {table}, and delete that rule, or move it to a table of its own"
-    ))
+    let (what, advice) = not_listed(table.name());
+    Some(anyhow!("{what}, so nothing is written there: see {advice}"))
+}
+
+/// Whether our entries go into a table: into filter only with `accept-forward`.
+pub fn writes_to(table: Table, config: Option<&Config>) -> bool {
+    let accepts = |config: &Config| config.uplinks.values().any(|it| it.accept_forward);
+    table != Table::Filter || config.is_none_or(accepts)
+}
+
+/// What is wrong with a table that iptables-save does not list, and what helps.
+pub fn not_listed(table: &str) -> (String, String) {
+    (
+        format!(
+            "iptables-save does not list the table {table}, since a rule in it is not one of iptables' own"
+        ),
+        format!(
+            "nft -a list table ip {table}, and delete that rule, or move it to a table of its own"
+        ),
+    )
 }
 
 /// Where the links are, and for which addresses entries were made.
@@ -320,13 +384,36 @@ fn end(tools: &Tools, deletions: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn print(steps: &[(&Tools, Vec<Step>)], deletions: &[String]) -> Result<()> {
+/// Prints the plan as commands.
+fn print(
+    tools: &Tools,
+    config: Option<&Config>,
+    plan: &Plan,
+    other_backend: Option<&OtherBackend>,
+    request: &Request,
+) -> Result<()> {
+    let flows = match stale_flows::leaves_some(&plan.steps) {
+        true => tracked(tools)?,
+        false => Vec::new(),
+    };
+    let Plan {
+        links,
+        installed,
+        desired,
+        ..
+    } = plan;
+    let stale = stale(config, links, installed, desired, &flows);
+    let removal = other_backend.map(|there| (&there.tools, there.removal(request, &plan.scope)));
+    let here = plan.steps.iter().map(|step| (tools, step));
+    let there = removal.iter();
+    let there = there.flat_map(|(tools, steps)| steps.iter().map(move |step| (*tools, step)));
     let mut text = String::new();
-    for (tools, steps) in steps {
-        let commands = steps.iter().flat_map(Step::commands);
+    for (tools, step) in here.chain(there) {
+        let commands = step.commands().into_iter();
         text.extend(commands.map(|(_, command)| format!("{}\n", command.by(tools.iptables))));
     }
-    text.extend(deletions.iter().map(|line| format!("conntrack {line}\n")));
+    let deletions = conntrack::deletions(&flows, &stale).into_iter();
+    text.extend(deletions.map(|line| format!("conntrack {line}\n")));
     if text.is_empty() {
         text.push_str("# nothing to change\n");
     }

@@ -214,12 +214,16 @@ fn fits<'a>(pattern: &str, words: &'a [String]) -> Option<Found<'a>> {
 #[derive(Debug, Default)]
 pub struct Owners {
     configured: BTreeSet<UplinkName>,
+    /// The uplinks that our rules and chains name.
+    named: BTreeSet<UplinkName>,
     /// Our chains, by table and name.
     chains: BTreeMap<(Table, String), UplinkName>,
     /// The uplinks at an interface, by the entries that name it.
     interfaces: BTreeMap<String, BTreeSet<UplinkName>>,
     /// Interfaces that the configuration gives to uplinks with marks.
     configured_interfaces: BTreeMap<String, BTreeSet<UplinkName>>,
+    /// Interfaces whose marked packets a rule sends to the main table.
+    marked_links: BTreeSet<String>,
     marks: BTreeMap<FwMark, Claimants>,
     tables: BTreeMap<TableId, Claimant>,
     /// Addresses of links, and pinned sources.
@@ -249,18 +253,7 @@ impl Owners {
             owners.marks.entry(mark).or_insert(claimants);
         }
         let rules = || kernel.routing.rules.iter().filter(|rule| rule.is_ours());
-        let mut by_mark: Vec<(FwMark, Claimants)> = Vec::new();
-        for rule in rules() {
-            if let (Some(iif), Some(mark)) = (&rule.iif, rule.fwmark)
-                && !owners.marks.contains_key(&mark)
-                && rule.table() == Some(TableId::MAIN)
-            {
-                by_mark.push((mark, owners.at(iif)));
-            }
-        }
-        for (mark, claimants) in by_mark {
-            owners.marks.entry(mark).or_default().extend(claimants);
-        }
+        owners.read_marked_links(rules());
         owners.read_tables(rules(), &kernel.routing.routes);
         owners.read_sources(rules(), &kernel.links);
         owners
@@ -288,7 +281,6 @@ impl Owners {
 
     /// Our chains, and the interfaces that our rules name.
     fn read_ruleset(&mut self, ruleset: &Ruleset) {
-        let mut named = BTreeSet::new();
         let mut candidates = Vec::new();
         for table in Table::ALL {
             let chains = ruleset.tables.get(table.name());
@@ -299,7 +291,7 @@ impl Owners {
                     let is_configured = self.configured.contains(&uplink);
                     if is_configured || has_our_forms(table, &chain.rules) {
                         if !chain.rules.is_empty() {
-                            named.insert(uplink.clone());
+                            self.named.insert(uplink.clone());
                         }
                         candidates.push((table, name, uplink));
                     }
@@ -309,7 +301,7 @@ impl Owners {
                     let Some(Form { uplink, interface }) = form(table, name, rule) else {
                         continue;
                     };
-                    named.insert(uplink.clone());
+                    self.named.insert(uplink.clone());
                     let names = interface.map(|interface| self.interfaces.entry(interface));
                     if let Some(names) = names {
                         names.or_default().insert(uplink);
@@ -318,8 +310,9 @@ impl Owners {
             }
         }
         // An empty chain that only its name tells to be ours is somebody's.
-        candidates
-            .retain(|(_, _, uplink)| self.configured.contains(uplink) || named.contains(uplink));
+        candidates.retain(|(_, _, uplink)| {
+            self.configured.contains(uplink) || self.named.contains(uplink)
+        });
         self.chains = candidates
             .into_iter()
             .map(|(table, name, uplink)| ((table, name.clone()), uplink))
@@ -337,6 +330,20 @@ impl Owners {
             names.retain(|uplink| !is_foreign(uplink));
         }
         self.interfaces.retain(|_, names| !names.is_empty());
+    }
+
+    /// `iif ppp0 fwmark 0xa/0xff lookup main` tells whose a mark is that neither a chain nor the configuration names.
+    fn read_marked_links<'a>(&mut self, rules: impl Iterator<Item = &'a RouteRule>) {
+        let mut by_link: BTreeMap<FwMark, Claimants> = BTreeMap::new();
+        for rule in rules.filter(|rule| rule.table() == Some(TableId::MAIN)) {
+            if let (Some(iif), Some(mark)) = (&rule.iif, rule.fwmark) {
+                self.marked_links.insert(iif.clone());
+                by_link.entry(mark).or_default().extend(self.at(iif));
+            }
+        }
+        for (mark, claimants) in by_link {
+            self.marks.entry(mark).or_insert(claimants);
+        }
     }
 
     fn read_tables<'a>(&mut self, rules: impl Iterator<Item = &'a RouteRule>, routes: &[Route]) {
@@ -366,13 +373,15 @@ impl Owners {
                 claimants.insert(claimant.clone());
             }
         }
+        // Only an uplink with a table has rules for its address.
+        let routed: BTreeSet<&Claimant> = self.tables.values().collect();
         for (interface, link) in links {
-            let names = self.uplinks_at(interface);
-            for address in &link.addresses {
-                if !names.is_empty() {
-                    let claimants = self.sources.entry((*address).into()).or_default();
-                    claimants.extend(names.iter().cloned().map(Claimant::Uplink));
-                }
+            let names = self.uplinks_at(interface).into_iter();
+            let mut claimants: Claimants = names.map(Claimant::Uplink).collect();
+            claimants.retain(|claimant| routed.contains(claimant));
+            for address in link.addresses.iter().filter(|_| !claimants.is_empty()) {
+                let known = self.sources.entry((*address).into()).or_default();
+                known.extend(claimants.iter().cloned());
             }
         }
     }
@@ -421,18 +430,14 @@ impl Owners {
                     | RuleAction::Prohibit
                     | RuleAction::Other(_) => None,
                 };
-                let by_iif = iif.as_ref().and_then(|iif| self.interfaces.get(iif));
-                let by_iif = by_iif.map(|names| names.iter().cloned().map(Claimant::Uplink));
+                if let Some(claimant) = by_table {
+                    return Owner::Ours([claimant.clone()].into());
+                }
+                let names = iif.iter().flat_map(|iif| self.uplinks_at(iif));
                 let by_mark = fwmark.and_then(|mark| self.marks.get(&mark));
                 let by_source = from.and_then(|from| self.sources.get(&from));
-                Owner::Ours(
-                    by_table
-                        .map(|claimant| [claimant.clone()].into())
-                        .or(by_iif.map(Iterator::collect))
-                        .or(by_mark.cloned())
-                        .or(by_source.cloned())
-                        .unwrap_or_default(),
-                )
+                let others = by_mark.into_iter().chain(by_source).flatten().cloned();
+                Owner::Ours(names.map(Claimant::Uplink).chain(others).collect())
             }
             Entry::Chain(table, chain) => self.of_chain(table, chain),
             Entry::Rule(table, chain, rule) => {
@@ -458,13 +463,27 @@ impl Owners {
                     None => Owner::Foreign,
                 }
             }
-            Entry::SrcValidMark(interface) => {
-                let names = self.uplinks_at(interface.as_str());
-                match names.is_empty() {
-                    true => Owner::Foreign,
-                    false => Owner::Ours(names.into_iter().map(Claimant::Uplink).collect()),
-                }
-            }
+            Entry::SrcValidMark(interface) => self.of_parameter(interface.as_str()),
+        }
+    }
+
+    /// Only uplinks that mark packets set it; on other links it is somebody else's.
+    fn of_parameter(&self, interface: &str) -> Owner {
+        let mut names = self.uplinks_at(interface);
+        let is_configured = |name: &UplinkName| {
+            let names = self.configured_interfaces.get(interface);
+            names.is_some_and(|names| names.contains(name))
+        };
+        names.retain(|name| {
+            let chain = (Table::Mangle, name.chain());
+            self.chains.contains_key(&chain) || is_configured(name)
+        });
+        if !names.is_empty() {
+            return Owner::Ours(names.into_iter().map(Claimant::Uplink).collect());
+        }
+        match self.marked_links.contains(interface) {
+            true => Owner::Ours([Claimant::Link(interface.to_owned())].into()),
+            false => Owner::Foreign,
         }
     }
 
@@ -483,11 +502,16 @@ impl Owners {
         }
     }
 
-    /// The uplinks at an interface: those whose entries name it, or else those that the configuration gives it to.
+    /// The uplinks at an interface: those whose entries name it, and those that the configuration gives it to.
     fn uplinks_at(&self, interface: &str) -> BTreeSet<UplinkName> {
-        let by_entries = self.interfaces.get(interface);
-        let by_config = || self.configured_interfaces.get(interface);
-        by_entries.or_else(by_config).cloned().unwrap_or_default()
+        let both = [&self.interfaces, &self.configured_interfaces];
+        let names = both.iter().filter_map(|names| names.get(interface));
+        names.flatten().cloned().collect()
+    }
+
+    /// The uplinks that have entries and are configured no longer.
+    pub fn unconfigured(&self) -> impl Iterator<Item = &UplinkName> {
+        self.named.difference(&self.configured)
     }
 
     /// The uplinks whose entries name this interface.
@@ -627,25 +651,19 @@ pub fn parts(
         };
         parts.insert(name.clone(), part);
     }
-    // An entry that several claim is theirs who desire it; one that nobody desires counts once.
+    // An entry is theirs who desire it, whoever made it; one that nobody desires counts once.
+    let desirers = Desirers::new(&parts);
     let mut split = installed.split(|entry| {
-        let Owner::Ours(claimants) = owners.owner(entry) else {
-            return Vec::new();
-        };
-        let configured = claimants.iter().filter_map(Claimant::uplink);
-        let configured: Vec<&UplinkName> = configured
-            .filter(|name| parts.contains_key(*name))
-            .collect();
-        let desires = |name: &&&UplinkName| parts[**name].desired.contains(entry);
-        let by: Vec<Option<UplinkName>> = configured
-            .iter()
-            .filter(desires)
-            .map(|name| Some((*name).clone()))
-            .collect();
-        match by.is_empty() {
-            true => vec![configured.first().map(|name| (*name).clone())],
-            false => by,
+        let by = desirers.of(entry);
+        if !by.is_empty() {
+            return by.into_iter().map(Some).collect();
         }
+        let claimants = match owners.owner(entry) {
+            Owner::Ours(claimants) => claimants,
+            Owner::Foreign => return Vec::new(),
+        };
+        let mut names = claimants.iter().filter_map(Claimant::uplink);
+        vec![names.find(|name| parts.contains_key(*name)).cloned()]
     });
     let orphans = split.remove(&None).unwrap_or_default();
     for (name, own) in split {
@@ -654,4 +672,48 @@ pub fn parts(
         }
     }
     (parts, orphans)
+}
+
+/// Which uplinks desire an entry that several can.
+#[derive(Default)]
+struct Desirers<'a> {
+    routes: BTreeMap<&'a Route, Vec<UplinkName>>,
+    rules: BTreeMap<&'a RouteRule, Vec<UplinkName>>,
+    src_valid_mark: BTreeMap<&'a IfName, Vec<UplinkName>>,
+}
+
+impl<'a> Desirers<'a> {
+    fn new(parts: &'a BTreeMap<UplinkName, Part>) -> Self {
+        let mut desirers = Self::default();
+        for (name, part) in parts {
+            let State {
+                routes,
+                rules,
+                src_valid_mark,
+                // The uplink's name stands in each.
+                tables: _,
+            } = &part.desired;
+            for route in routes {
+                desirers.routes.entry(route).or_default().push(name.clone());
+            }
+            for rule in rules {
+                desirers.rules.entry(rule).or_default().push(name.clone());
+            }
+            for interface in src_valid_mark {
+                let names = desirers.src_valid_mark.entry(interface).or_default();
+                names.push(name.clone());
+            }
+        }
+        desirers
+    }
+
+    fn of(&self, entry: Entry) -> Vec<UplinkName> {
+        let names = match entry {
+            Entry::Route(route) => self.routes.get(route),
+            Entry::RouteRule(rule) => self.rules.get(rule),
+            Entry::SrcValidMark(interface) => self.src_valid_mark.get(interface),
+            Entry::Chain(..) | Entry::Rule(..) => None,
+        };
+        names.cloned().unwrap_or_default()
+    }
 }

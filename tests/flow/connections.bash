@@ -3,13 +3,12 @@
 
 # once SOURCE_PORT ADDRESS PORT: one more datagram of the flow, and what is answered. Its port is free again thereafter.
 once() {
-    local line=$SRANDOM answer
-    answer=$(in_ns client timeout 5 socat -t "${LAB_PATIENCE:-0.5}" - "UDP4:$2:$3,bind=192.0.2.9:$1" <<<"$line" 2>/dev/null) || return 1
-    [[ $answer == *" $line" ]] || return 1
+    local answer
+    answer=$(ask client udp "$2" "$3" --source "192.0.2.9:$1") || return 1
     echo "${answer% *}"
 }
 
-expect_once() { expect_equal "answer to $*" "$1 192.0.2.9" "$(once "${@:2}" || true)"; }
+expect_once() { expect_equal "answer to $*" "$1 192.0.2.9" "$(LAB_PATIENCE=$LAB_WAIT once "${@:2}" || true)"; }
 expect_none() { expect_equal "answer to $*" "" "$(once "$@" || true)"; }
 
 # hide_conntrack, show_conntrack: as if the tool were not installed.
@@ -114,13 +113,13 @@ test_connections_that_no_change_concerns_live_on() {
     mh_hook up ppp1
     # A connection through our forward, another's forward, the LAN's own, and one of the router's.
     mkfifo "$LAB_DIR/line"
-    in_ns client socat -t 5 - "TCP4:$X:80" <"$LAB_DIR/line" >"$LAB_DIR/answer_later" &
+    in_ns client socat -t "$LAB_WAIT" - "TCP4:$X:80" <"$LAB_DIR/line" >"$LAB_DIR/answer_later" &
     exec 3>"$LAB_DIR/line"
     lab_wait on_router conntrack -L -p tcp --state ESTABLISHED --orig-dst "$X" 2>/dev/null
     expect_once server 4000 "$X" 9999
     lab_listen client udp 53
     # UDP answers by the address that routing chooses, if it is not told.
-    in_ns router socat "UDP4-RECVFROM:5000,bind=$X,fork" "EXEC:$LAB_DIR/answer router" &
+    lab_answer router "UDP4-RECVFROM:5000,bind=$X,fork" "$LAB_DIR/answer router"
     lab_wait on_router ss -Hlnu "sport = :5000"
     expect_answer "client 198.51.100.20" lanhost udp 192.0.2.9 53
     expect_once router 4000 "$X" 5000

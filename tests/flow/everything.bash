@@ -65,4 +65,5 @@ EOF
     for link in ppp0 ppp1; do mh_hook down "$link"; done
     expect_equal "after down" "$before" "$(lab_dump)"
     expect_equal "rp_filter of ppp0 after down" 1 "$(rp_filter ppp0)"
+    expect_equal "src_valid_mark of ppp0 after down" 0 "$(src_valid_mark ppp0)"
 }

@@ -24,10 +24,7 @@ test_of_ten_thousand_forwards_each_is_answered() {
     mh_hook -q up ppp0
     expect_forward_answered
     expect_answer "server 192.0.2.9" client udp "$X" 27015
-    in_ns lanhost socat TCP4-LISTEN:30000,fork,reuseaddr "EXEC:$LAB_DIR/answer lanhost" &
-    in_ns lanhost socat TCP4-LISTEN:20001,fork,reuseaddr "EXEC:$LAB_DIR/answer lanhost" &
-    lab_wait in_ns lanhost ss -Hlnt "sport = :30000"
-    lab_wait in_ns lanhost ss -Hlnt "sport = :20001"
+    lab_listen lanhost tcp 20001 30000
     expect_answer "lanhost 192.0.2.9" client tcp "$X" 20001
     expect_answer "lanhost 192.0.2.9" client tcp "$X" 30000
     expect_silence client tcp "$X" 30001
@@ -42,17 +39,21 @@ test_a_connection_meets_its_forwards_once_and_one_of_another_link_never() {
     mh_hook -q up ppp0
     on_router /usr/sbin/iptables -t nat -Z
     on_router /usr/sbin/iptables -t mangle -Z
-    # One connection, of fifty packets.
-    local line
-    {
-        for line in {1..50}; do
-            echo "$line"
-            sleep 0.01
-        done
-    } | in_ns client socat -u - "UDP4:$X:27015,sourceport=5000"
+    # One connection, of fifty packets. Each waits for its answer: none is under way when they are counted, nor sent back by
+    # a port that has closed.
+    in_ns client /usr/bin/python3 - "$X" "$LAB_WAIT" <<'EOF'
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+    client.settimeout(int(sys.argv[2]))
+    client.bind(("192.0.2.9", 5000))
+    client.connect((sys.argv[1], 27015))
+    for line in range(50):
+        client.send(b"%d\n" % line)
+        client.recv(100)
+EOF
     expect_equal "packets at the mangle table's jump" 50 "$(met '-A PREROUTING -i ppp0 -j mh-isp0' mangle)"
     # In the nat table the first alone is asked, and by one forward of the thousand and their hundreds.
-    expect_equal "packets at the nat table's jump" 1 "$(met '-A PREROUTING -i ppp0 -j mh-isp0' nat)"
+    expect_equal "packets at the nat table's jump" 1 "$(met '-A PREROUTING -i ppp0 .* -j mh-isp0' nat)"
     expect_equal "packets at its forward" 1 "$(met 'udp --dport 27015 ' nat)"
     expect_equal "packets that a forward took, this one or another" 1 "$(met '-j DNAT' nat)"
     expect_equal "packets at the lines of hundreds" 0 "$(met '--dport .*:.* -j mh-isp0' nat)"

@@ -41,6 +41,9 @@ test_a_pinned_host_reaches_the_lans_and_the_router() {
     lan_host other eth2 192.168.1
     lab_listen other tcp 80
     pinned
+    # The other LAN is one of [lan] networks, too.
+    sed -i 's|"192.168.0.0/24"|"192.168.0.0/24", "192.168.1.0/24"|' "$LAB_CONFIG"
+    mh_hook sync
     isp_zero
     expect_answer "server 192.168.0.3" lanhost tcp 192.168.0.2 80
     expect_answer "other 192.168.0.3" lanhost tcp 192.168.1.2 80
@@ -48,7 +51,7 @@ test_a_pinned_host_reaches_the_lans_and_the_router() {
         expect_answer "router 192.168.0.3" lanhost tcp "$address" 8080
     done
     expect_nothing_at_the_isps
-    leave_out_rule "98: from 192.168.0.3 "
+    leave_out_rule "98: from 192.168.0.3 to 192.168.1.0/24 "
     expect_silence lanhost tcp 192.168.1.2 80
 }
 

@@ -4,12 +4,12 @@
 # Each line of a raw protocol is a packet. GRE takes the low bits of its second byte for a version, and 'p' for version 0.
 ask_raw() {
     local line="pp $SRANDOM" answer
-    answer=$(in_ns client timeout "${LAB_PATIENCE:-1}" socat -t 0.5 - "IP4-SENDTO:$X:$1" <<<"$line" 2>/dev/null) || return 1
+    answer=$(lab_ask "${LAB_PATIENCE:-1}" client "IP4-SENDTO:$X:$1" "$line")
     [[ $answer == *" $line" ]] || return 1
     echo "${answer%" $line"}"
 }
 
-expect_raw_answer() { expect_equal "answer to protocol $2" "pp-$1 192.0.2.9" "$(LAB_PATIENCE=5 ask_raw "$2" || true)"; }
+expect_raw_answer() { expect_equal "answer to protocol $2" "pp-$1 192.0.2.9" "$(LAB_PATIENCE=$LAB_WAIT ask_raw "$2" || true)"; }
 expect_raw_silence() {
     local answer
     ! answer=$(ask_raw "$1") || fail "protocol $1 got '$answer'"
@@ -17,7 +17,7 @@ expect_raw_silence() {
 
 # listen_raw NAMESPACE PROTOCOL COMMAND
 listen_raw() {
-    in_ns "$1" socat "IP4-RECVFROM:$2,fork" "EXEC:$3" &
+    lab_answer "$1" "IP4-RECVFROM:$2,fork" "$3"
     lab_wait in_ns "$1" ss -Hanw "sport = :$2"
 }
 
@@ -44,10 +44,10 @@ SCTP_INIT_5000='\x13\x88\x13\x88\x00\x00\x00\x00\xfa\x3a\x35\x69\x01\x00\x00\x14
 SCTP_INIT_5001='\x13\x88\x13\x89\x00\x00\x00\x00\xdf\xf1\xee\x9e\x01\x00\x00\x14\x00\x00\x00\x01\x00\x01\x00\x00\x00\x01\x00\x01\x00\x00\x00\x01'
 SCTP_INIT_ACK='\x13\x88\x13\x88\x00\x00\x00\x01\x10\xb6\xb8\x0f\x02\x00\x00\x1c\x00\x00\x00\x02\x00\x01\x00\x00\x00\x01\x00\x01\x00\x00\x00\x01\x00\x07\x00\x08\x00\x00\x00\x00'
 
-# sent_and_got PROTOCOL BYTES SECONDS: what comes back, in hexadecimal.
+# sent_and_got PROTOCOL BYTES SECONDS: all that comes back in so many, in hexadecimal.
 sent_and_got() {
     # shellcheck disable=SC2059 # bytes
-    { printf "$2" | in_ns client timeout 5 socat -t "$3" - "IP4-SENDTO:$X:$1" 2>/dev/null || true; } | od -A n -t x1 | tr -d ' \n'
+    { printf "$2" | in_ns client socat -t "$3" - "IP4-SENDTO:$X:$1,shut-none" 2>/dev/null || true; } | od -A n -t x1 | tr -d ' \n'
 }
 
 test_sctp_is_forwarded_by_its_port() {
@@ -59,10 +59,10 @@ test_sctp_is_forwarded_by_its_port() {
     chmod 0755 "$LAB_DIR/acknowledge"
     listen_raw lanhost 132 "$LAB_DIR/acknowledge"
     configure 'forward = [{ proto = "sctp", port = 5000, to = "192.168.0.3" }]'
-    expect_equal "INIT without a forward" "" "$(sent_and_got 132 "$SCTP_INIT_5000" 0.5)"
+    expect_equal "INIT without a forward" "" "$(sent_and_got 132 "$SCTP_INIT_5000" 1)"
     mh_hook up ppp0
-    expect_equal "INIT" "$ack" "$(sent_and_got 132 "$SCTP_INIT_5000" 0.5)"
-    expect_equal "INIT to the port beside it" "" "$(sent_and_got 132 "$SCTP_INIT_5001" 0.5)"
+    expect_equal "INIT" "$ack" "$(sent_and_got 132 "$SCTP_INIT_5000" 4)"
+    expect_equal "INIT to the port beside it" "" "$(sent_and_got 132 "$SCTP_INIT_5001" 1)"
 }
 
 # echo request 1 of the client 1, with its checksum; and the reply.
@@ -73,9 +73,9 @@ test_icmp_is_forwarded() {
     configure 'forward = [{ proto = "icmp", to = "192.168.0.3" }]'
     lab_sysctl router net.ipv4.icmp_echo_ignore_all=1
     in_ns lanhost /usr/sbin/iptables -A INPUT -p icmp --icmp-type echo-request -m comment --comment echo
-    expect_equal "echo without a forward" "" "$(sent_and_got 1 "$ECHO_REQUEST" 0.5)"
+    expect_equal "echo without a forward" "" "$(sent_and_got 1 "$ECHO_REQUEST" 1)"
     mh_hook up ppp0
-    expect_equal "echo" "$ECHO_REPLY" "$(sent_and_got 1 "$ECHO_REQUEST" 0.5)"
+    expect_equal "echo" "$ECHO_REPLY" "$(sent_and_got 1 "$ECHO_REQUEST" 4)"
     [[ $(in_ns lanhost /usr/sbin/iptables-save -c) == *"[1:28] -A INPUT"* ]] || fail "the LAN host has counted no echo request"
 }
 

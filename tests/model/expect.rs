@@ -80,7 +80,10 @@ pub fn expect(world: &World, call: &Call) -> Expected {
         }
     }
     let stays = |name: &str| config.uplink(name).is_some() && !outcome.contains_key(name);
-    keep(world, Some(config), stays, wanted, &mut expected);
+    keep(world, Some(config), stays, wanted, call, &mut expected);
+    for uplink in config.uplinks.iter().filter(|uplink| stays(&uplink.name)) {
+        untouched(world, config, uplink, &mut expected);
+    }
     expected
 }
 
@@ -193,8 +196,22 @@ fn without_configuration(world: &World, call: &Call) -> Expected {
     expected.ours.clear();
     let names = bound(world.ours, interface);
     let stays = |name: &str| !names.contains(name);
-    keep(world, None, stays, Vec::new(), &mut expected);
+    keep(world, None, stays, Vec::new(), call, &mut expected);
     expected
+}
+
+/// What another uplink should have, and has, is there after the call.
+fn untouched(world: &World, config: &Config, uplink: &Uplink, expected: &mut Expected) {
+    let Ok(Some(address)) = address(world, &Call::Sync, uplink, None) else {
+        return;
+    };
+    let link = &world.links[uplink.interface.as_str()];
+    for line in entries(config, uplink, link, address) {
+        if expected.doubtful.remove(&line) {
+            expected.ours.push(line);
+        }
+    }
+    expected.ours = sorted(std::mem::take(&mut expected.ours));
 }
 
 /// What is to stand after a call: what is wanted, and of what stood before it what stays.
@@ -203,11 +220,13 @@ fn keep(
     config: Option<&Config>,
     stays: impl Fn(&str) -> bool,
     wanted: Vec<String>,
+    call: &Call,
     expected: &mut Expected,
 ) {
+    let is_sync = matches!(call, Call::Sync);
     let mut ours: Vec<String> = Vec::new();
     // Each source that stays has its rule to the LAN stay with it.
-    let (mut sources, mut gone, mut doubtful) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let mut sources = BTreeSet::new();
     for line in world.ours {
         if is_iptables(line) {
             ours.extend(owner(line).filter(|name| stays(name)).map(|_| line.clone()));
@@ -221,36 +240,35 @@ fn keep(
         let claimed = config.and_then(|config| config.with_table(table));
         let filled = world.filled.get(table);
         let told = filled.filter(|name| tells(world.ours, name, table));
-        let is_by_link = value(line, "dev").is_some_and(|dev| dev.starts_with("ppp"));
         let stays = match (claimed, told) {
             (Some(uplink), _) => stays(&uplink.name),
             (None, Some(name)) => stays(name),
-            (None, None) if filled.is_some() || is_by_link => {
+            (None, None) if is_sync => continue,
+            // Nothing names its uplink, but the address or the interface in it may.
+            (None, None) => {
                 expected.doubtful.insert(line.clone());
-                doubtful.extend(from);
                 continue;
             }
-            // Nobody's: without a configuration there are no orphans.
-            (None, None) => config.is_none(),
         };
         if stays {
             ours.push(line.clone());
             sources.extend(from);
-        } else {
-            gone.extend(from);
         }
     }
+    // Rules to the main table go with whoever they were made for, which only `sync` need not ask.
     for line in world
         .ours
         .iter()
         .filter(|line| line.starts_with("rule ") && table(line) == "main")
     {
         let from = value(line, "from").unwrap_or_default();
-        let is_nobodys = config.is_none() && !gone.contains(from);
-        if doubtful.contains(from) && !sources.contains(from) {
-            expected.doubtful.insert(line.clone());
-        } else if sources.contains(from) || is_nobodys {
+        if is_sync {
+            continue;
+        }
+        if sources.contains(from) {
             ours.push(line.clone());
+        } else {
+            expected.doubtful.insert(line.clone());
         }
     }
     // A rule or a route can't stand twice.
@@ -336,30 +354,41 @@ fn entries(config: &Config, uplink: &Uplink, link: &Link, address: Ipv4Addr) -> 
         add(format!(
             "route unreachable default table {table} proto 109 metric 4278198272"
         ));
-        let to_lan = "lookup main suppress_prefixlength 0 proto 109";
-        add(format!("rule {local}:\tfrom {address} {to_lan}"));
+        for network in networks() {
+            let to_lan = format!("to {network} lookup main proto 109");
+            add(format!("rule {local}:\tfrom {address} {to_lan}"));
+            for from in PINS.into_iter().take(uplink.pins) {
+                add(format!("rule {local}:\tfrom {from} {to_lan}"));
+            }
+        }
+        add(format!(
+            "rule {local}:\tfrom all fwmark {mark} iif {interface} lookup main proto 109"
+        ));
+        add(format!(
+            "rule {by_mark}:\tfrom all fwmark {mark} lookup {table} proto 109"
+        ));
         add(format!(
             "rule {source}:\tfrom {address} lookup {table} proto 109"
         ));
-        for lan in lans() {
+        for from in PINS.into_iter().take(uplink.pins) {
+            add(format!("rule {pin}:\tfrom {from} lookup {table} proto 109"));
+        }
+        let restore = format!("-j CONNMARK --restore-mark --nfmask {mask:#x} --ctmask {mask:#x}");
+        for packets in [
+            format!("PREROUTING ! -i {interface}"),
+            "OUTPUT -m conntrack --ctdir REPLY".into(),
+        ] {
             add(format!(
-                "rule {by_mark}:\tfrom all fwmark {mark} iif {lan} lookup {table} proto 109"
-            ));
-            for from in PINS.into_iter().take(uplink.pins) {
-                add(format!("rule {local}:\tfrom {from} iif {lan} {to_lan}"));
-                add(format!(
-                    "rule {pin}:\tfrom {from} iif {lan} lookup {table} proto 109"
-                ));
-            }
-            add(format!(
-                "mangle -A PREROUTING -i {lan} -m connmark --mark {mark} {mine} -j CONNMARK --restore-mark \
-                 --nfmask {mask:#x} --ctmask {mask:#x}"
+                "mangle -A {packets} -m connmark --mark {mark} {mine} {restore}"
             ));
         }
         add(format!("mangle :mh-{name} -"));
         let unmarked = matched(0);
         add(format!(
             "mangle -A mh-{name} -m connmark --mark {unmarked} -j CONNMARK --set-xmark {value:#x}/{mask:#x}"
+        ));
+        add(format!(
+            "mangle -A mh-{name} -m connmark --mark {mark} {restore}"
         ));
         add(format!("mangle -A PREROUTING -i {interface} -j mh-{name}"));
     }
@@ -369,7 +398,12 @@ fn entries(config: &Config, uplink: &Uplink, link: &Link, address: Ipv4Addr) -> 
         for rule in forwards.flat_map(|(_, rules)| *rules) {
             add(format!("nat -A mh-{name} {rule}"));
         }
-        add(format!("nat -A PREROUTING -i {interface} -j mh-{name}"));
+        add(format!(
+            "nat -A PREROUTING -i {interface} -m addrtype --dst-type LOCAL -j mh-{name}"
+        ));
+        if uplink.hairpin {
+            add(format!("nat -A OUTPUT -d {address}/32 -j mh-{name}"));
+        }
         let dnat = "-m conntrack --ctstate DNAT";
         if uplink.accept_forward {
             for way in ["-i", "-o"] {

@@ -1,5 +1,7 @@
 //! What the kernel holds, as the tools print it, parted into ours and everybody else's.
 
+use std::collections::BTreeSet;
+
 /// What `ip` and `iptables-save` print, line by line. A line of iptables has its table's name ahead.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listing {
@@ -10,8 +12,9 @@ pub struct Listing {
 }
 
 impl Listing {
-    /// The listing of `ip rule` and `ip route show table all`, and of `iptables-save`.
-    pub fn parse(ip: &str, save: &str) -> Self {
+    /// The listing of `ip rule` and `ip route show table all`, and of `iptables-save`. An empty chain of which nothing but
+    /// its name tells whose it is, and that no configured uplink claims, is nobody's, and left out.
+    pub fn parse(ip: &str, save: &str, configured: &BTreeSet<&str>) -> Self {
         let mut listing = Self::default();
         for line in ip.lines() {
             let kind = if line.contains(":\t") {
@@ -37,13 +40,25 @@ impl Listing {
                 if let (Some(name), Some(policy)) = (name, policy)
                     && policy != "ACCEPT"
                 {
-                    listing.push(uplink(name).is_some(), format!("{table} :{name} {policy}"));
+                    let line = format!("{table} :{name} {policy}");
+                    listing.push(owner(&line).is_some(), line);
                 }
             } else if line.starts_with('-') {
                 let line = format!("{table} {line}");
                 listing.push(owner(&line).is_some(), line);
             }
         }
+        let named: BTreeSet<String> = listing
+            .ours
+            .iter()
+            .filter(|line| !line.contains(" :"))
+            .filter_map(|line| owner(line))
+            .map(str::to_owned)
+            .collect();
+        listing.ours.retain(|line| {
+            let chain = line.split_once(" :").and_then(|_| owner(line));
+            chain.is_none_or(|name| named.contains(name) || configured.contains(name))
+        });
         listing.ours = sorted(listing.ours);
         listing
     }
@@ -75,19 +90,33 @@ pub fn is_iptables(line: &str) -> bool {
     !line.starts_with("rule ") && !line.starts_with("route ")
 }
 
-/// The uplink whose line of iptables this is: it stands in or jumps to `mh-NAME`, or its comment starts so.
+/// The uplink whose line of iptables this is: it stands in a chain `mh-NAME` of the tables mangle or nat, or jumps to one, or
+/// has that name for its comment, and is of a kind that mh-hook writes.
 pub fn owner(line: &str) -> Option<&str> {
     if !is_iptables(line) {
         return None;
     }
     let words: Vec<&str> = line.split(' ').collect();
-    let declared = words[1].strip_prefix(':').and_then(uplink);
+    let has_chains = words[0] != "filter";
+    if let Some(chain) = words[1].strip_prefix(':') {
+        return uplink(chain).filter(|_| has_chains);
+    }
     let pairs = words.windows(2);
-    declared.or(pairs.into_iter().find_map(|pair| match pair[0] {
-        "-A" | "-j" | "-g" => uplink(pair[1]),
-        "--comment" => uplink(pair[1].trim_matches('"')),
+    pairs.into_iter().find_map(|pair| match pair[0] {
+        "-A" | "-j" | "-g" => uplink(pair[1]).filter(|_| has_chains),
+        "--comment" => uplink(pair[1]).filter(|_| is_written(line)),
         _ => None,
-    }))
+    })
+}
+
+/// Of rules with our comments, those that mh-hook writes: it masquerades named sources, and accepts what has been forwarded.
+fn is_written(line: &str) -> bool {
+    match value(line, "-j") {
+        Some("MASQUERADE") => value(line, "-s").is_some(),
+        Some("ACCEPT") => value(line, "--ctstate") == Some("DNAT"),
+        Some("CONNMARK" | "TCPMSS") => true,
+        _ => false,
+    }
 }
 
 /// `isp0` of `mh-isp0`; names have small letters, digits and two signs.

@@ -23,7 +23,7 @@ link dial ppp1 198.51.100.20
 config | isp0 ppp0 table=10 forwards=2 | isp1 ppp1 table=20";
 
 /// The others' entries. Some differ from ours in the mark of ownership only.
-pub const FOREIGN: [&str; 17] = [
+pub const FOREIGN: [&str; 21] = [
     "rule add priority 98 from 203.0.113.10 lookup main suppress_prefixlength 0",
     "rule add priority 99 iif eth1 fwmark 0xa/0xff lookup 10",
     "rule add priority 100 from 203.0.113.10 lookup 10 protocol 110",
@@ -38,6 +38,10 @@ pub const FOREIGN: [&str; 17] = [
     "nat -A PREROUTING -i ppp0 -p tcp -m tcp --dport 80 -m comment --comment \"see mh-isp0\" -j RETURN",
     "nat -A POSTROUTING -s 192.168.0.0/24 -o ppp0 -j MASQUERADE",
     "filter -A mh-UPPER -j RETURN",
+    "filter -A mh-gone -j RETURN",
+    "filter -A FORWARD -m comment --comment \"mh-isp0 by hand\" -j ACCEPT",
+    "filter -A FORWARD -i ppp0 -m comment --comment mh-isp0 -j ACCEPT",
+    "nat -A POSTROUTING -o ppp1 -m comment --comment mh-nobody -j MASQUERADE",
     "filter -A FORWARD -i ppp0 -m comment --comment xmh-isp0 -j ACCEPT",
     "filter -A FORWARD -m comment --comment \"\\\"quoted\\\" \\\\ mh-isp1\" -j RETURN",
     "mangle -A PREROUTING -i eth1 -j CONNMARK --restore-mark --nfmask 0xff00 --ctmask 0xff00",
@@ -51,11 +55,11 @@ pub const STRAYS: [&str; 11] = [
     "route add default dev ppp1 table 10 metric 5 protocol 109",
     "rule add priority 98 from 203.0.113.60 lookup main suppress_prefixlength 0 protocol 109",
     "route add 10.77.0.0/16 dev eth1 protocol 109",
-    "filter -A mh-gone -j RETURN",
-    "filter -A FORWARD -m comment --comment \"mh-isp0 by hand\" -j ACCEPT",
+    "filter -A FORWARD -i ppp0 -m conntrack --ctstate DNAT -m comment --comment mh-gone -j ACCEPT",
+    "rule add priority 98 iif ppp1 fwmark 0xa/0xff lookup main protocol 109",
     "nat -A mh-isp0 -p tcp -m tcp --dport 81 -j DNAT --to-destination 192.168.0.9",
     "nat -A PREROUTING -i ppp1 -j mh-isp0",
-    "nat -A POSTROUTING -o ppp1 -m comment --comment mh-nobody -j MASQUERADE",
+    "nat -A POSTROUTING -s 192.168.0.0/24 -o ppp1 -m comment --comment mh-nobody -j MASQUERADE",
 ];
 
 /// How often each kind of step was run, and how often it had an effect.
@@ -392,7 +396,9 @@ impl<'a> Router<'a> {
             "rule show\nroute show table all\n",
         )?;
         let save = run("/usr/sbin/iptables-save", &[], "")?;
-        let listing = Listing::parse(&ip, &save);
+        let config = self.config.iter().flat_map(|config| &config.uplinks);
+        let configured = config.map(|uplink| uplink.name.as_str()).collect();
+        let listing = Listing::parse(&ip, &save, &configured);
         self.listed = Some(listing.clone());
         Ok(listing)
     }
@@ -536,7 +542,14 @@ fn double(line: &str) -> (&'static str, String) {
         .strip_prefix(':')
         .and_then(|chain| chain.split_once(' '))
     {
-        Some((chain, _)) => format!("-A {chain} -j RETURN"),
+        // In a form that we write: a chain with others is ours as long as it is configured only.
+        Some((chain, _)) if table == "nat" => {
+            format!("-A {chain} -p tcp -m tcp --dport 99 -j DNAT --to-destination 192.168.0.9")
+        }
+        Some((chain, _)) => {
+            let restore = "--restore-mark --nfmask 0xff --ctmask 0xff";
+            format!("-A {chain} -m connmark --mark 0x7/0xff -j CONNMARK {restore}")
+        }
         None => rest.to_owned(),
     };
     (RESTORE, format!("*{table}\n{command}\nCOMMIT\n"))

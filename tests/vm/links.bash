@@ -138,8 +138,9 @@ interface_of() { sed -n 2p "/run/ppp-$1.pid" 2>/dev/null; }
 
 wait_end() {
     local pid
-    for pid; do timeout 15 tail --sleep-interval=0.1 --pid="$pid" -f /dev/null; done
+    for pid; do lab_wait has_ended "$pid"; done
 }
+has_ended() { [[ -e /proc/$1 ]] || echo yes; }
 
 # wait_up ISP [ADDRESS]: until its link carries traffic, and has that address.
 wait_up() { lab_wait addresses_up "$1" ${2:+to "$2"}; }
@@ -147,7 +148,7 @@ addresses_up() { ip -n router -4 address show dev "$(interface_of "$1")" up "${@
 
 # Until no mh-hook is left that ip-pre-up's started: its look at the link might mend what a test breaks.
 wait_followed() {
-    local deadline=$((SECONDS + 30))
+    local deadline=$((SECONDS + LAB_WAIT))
     while pgrep --full 'event follow' >/dev/null; do
         ((SECONDS < deadline)) || fail "it does not end: $(pgrep --full --list-full 'event follow')"
         sleep 0.1
@@ -159,7 +160,7 @@ events() { if [[ -e $LINKS_EVENTS ]]; then cat "$LINKS_EVENTS"; fi; }
 
 # wait_event LINE, or its beginning
 wait_event() {
-    local deadline=$((SECONDS + ${LAB_WAIT:-30}))
+    local deadline=$((SECONDS + LAB_WAIT))
     until has_event "$1"; do
         ((SECONDS < deadline)) || fail "no '$1' among the events '$(events)'"
         sleep 0.1
@@ -187,16 +188,4 @@ fail() {
     echo "--- syslog, without each connection's end" >&2
     grep -v ': conntrack -D' "$LINKS_SYSLOG" >&2
     return 1
-}
-
-# From here on what changes is noted; monitor_seen tells it.
-monitor_start() {
-    in_ns router stdbuf -oL ip monitor link address route rule >"$LAB_DIR/monitor.ip" &
-    in_ns router stdbuf -oL nft monitor >"$LAB_DIR/monitor.nft" &
-    sleep 1
-}
-
-monitor_seen() {
-    sleep 0.5
-    cat "$LAB_DIR/monitor.ip" "$LAB_DIR/monitor.nft"
 }

@@ -24,7 +24,7 @@ booted_router() {
         ip netns exec router unshare --mount --pid --cgroup --ipc --uts --fork --kill-child -- \
         bash -euc "$(declare -f become_systemd); become_systemd \"$ROOT\"" </dev/null &
     router_starts systemd $!
-    LAB_WAIT=120 lab_wait is_booted
+    lab_wait is_booted
     # What fail shows.
     on_router journalctl --follow --no-tail --output=short-iso >>"$LINKS_SYSLOG" &
     expect_equal "units that failed" "" "$(on_router systemctl --failed --plain --no-legend)"
@@ -107,7 +107,7 @@ file() {
 
 # router_starts NAME PID: until unshare's child has that name. What runs on the router runs beside it from here on.
 router_starts() {
-    LAB_WAIT=30 lab_wait pgrep --exact "$1" --parent "$2"
+    lab_wait pgrep --exact "$1" --parent "$2"
     ROOT_INIT=$(pgrep --parent "$2")
     on_router() {
         env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
@@ -166,7 +166,7 @@ test_the_package_installed_upgraded_and_removed_while_links_are_up() {
     up=$(lab_dump)
 
     chmod -x "$ROOT/etc/ppp/ip-down.d/0mh-hook"
-    monitor_start
+    monitor_start link address route rule
     dpkg_install newer
     expect_equal "what the monitors saw of an upgrade" "" "$(monitor_seen)"
     expect_equal "kernel after an upgrade" "$up" "$(lab_dump)"

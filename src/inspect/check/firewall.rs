@@ -58,7 +58,7 @@ pub fn check(view: &View, targets: &Targets) -> Vec<Finding> {
                 };
                 for finding in journey(view, &case, &mut dropped) {
                     // The same rule harms many forwards.
-                    if told.insert((finding.id, finding.mend.clone())) {
+                    if told.insert((finding.id, finding.fixes.clone())) {
                         findings.push(finding.of(name));
                     }
                 }
@@ -212,7 +212,7 @@ fn wiped(
         Finding::harms("mark-wiped", text)
     };
     Some(match masked(place, mask) {
-        Some(command) => finding.mend(command),
+        Some(command) => finding.fix(command),
         None => finding,
     })
 }
@@ -257,11 +257,11 @@ fn skipped(place: &Place) -> Finding {
     );
     // Ours go to the end of the chain, and so does this then.
     Finding::stops("mark-skipped", what)
-        .mend(format!(
+        .fix(format!(
             "iptables -t mangle -D {} {}",
             place.chain, place.number
         ))
-        .mend(format!("iptables -t mangle -A {} {spec}", place.chain))
+        .fix(format!("iptables -t mangle -A {} {spec}", place.chain))
 }
 
 /// Another's rule took the request before it came to our DNAT.
@@ -349,13 +349,13 @@ impl Dropped {
         Some(match (self.is_forward, uplink.accept_forward, stands) {
             (false, ..) => finding,
             (true, false, _) => finding
-                .mend(format!("[uplink.{name}] accept-forward = true"))
-                .mend("mh-hook sync"),
-            (true, true, false) => finding.mend("mh-hook sync"),
+                .fix(format!("[uplink.{name}] accept-forward = true"))
+                .fix("mh-hook sync"),
+            (true, true, false) => finding.fix("mh-hook sync"),
             // Ours stand behind another's: they go in at the head.
             (true, true, true) => finding
-                .mend(format!("mh-hook down {}", link.interface))
-                .mend(format!("mh-hook up {}", link.interface)),
+                .fix(format!("mh-hook down {}", link.interface))
+                .fix(format!("mh-hook up {}", link.interface)),
         })
     }
 }
@@ -376,7 +376,7 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
                 few(&names)
             ),
         );
-        findings.push(finding.mend("mh-hook sync"));
+        findings.push(finding.fix("mh-hook sync"));
     }
     let mut others = 0;
     for (table, chains) in &ruleset.tables {
@@ -413,7 +413,7 @@ pub fn nftables(snapshot: &Snapshot) -> Result<Option<Finding>> {
             "packets pass chains of nftables, too, that are not looked into here: {}",
             few(chains)
         );
-        Finding::note("nftables", what).mend("nft list ruleset")
+        Finding::note("nftables", what).fix("nft list ruleset")
     }))
 }
 

@@ -1,4 +1,4 @@
-//! Forwards beside forwards of another uplink, and beside the router's own services.
+//! Ports that two uplinks forward to different places, and ports that the router itself listens on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -6,23 +6,23 @@ use std::ops::RangeInclusive;
 
 use super::{Finding, View, few};
 use crate::config::Uplink;
-use crate::kernel::listeners::{Socket, listening};
-use crate::kernel::sysctl;
+use crate::kernel::listeners::{Socket, listening_below};
+use crate::kernel::root::Root;
 use crate::model::forward::{Asked, Forward, Protocol};
 
-/// Both.
+/// Compares the forwards with each other and with the router's services.
 pub fn check(view: &View) -> Vec<Finding> {
-    let mut findings = overlaps(view);
-    let sockets = services();
+    let mut findings = differences(view);
+    let services = services(&view.snapshot.root);
     for (name, uplink) in view.serving() {
         let link = view.links().get(name).and_then(Option::as_ref);
         let mut taken = BTreeSet::new();
-        for socket in &sockets {
-            let is_asked = match socket.address {
+        for socket in &services {
+            let is_at_uplink = match socket.address {
                 None => true,
                 Some(address) => link.is_some_and(|link| link.addresses.contains(&address)),
             };
-            if is_asked && forward(uplink, socket.protocol, socket.port).is_some() {
+            if is_at_uplink && forward(uplink, socket.protocol, socket.port).is_some() {
                 taken.insert((socket.protocol, socket.port));
             }
         }
@@ -31,7 +31,7 @@ pub fn check(view: &View) -> Vec<Finding> {
                 .iter()
                 .map(|(protocol, port)| format!("{protocol}/{port}"));
             let what = format!(
-                "a service of the router itself listens there, too, and is not asked from outside: {}",
+                "the router listens on forwarded ports, too; requests from outside go to the forward's target: {}",
                 few(ports)
             );
             findings.push(Finding::note("local-service", what).of(name));
@@ -40,7 +40,7 @@ pub fn check(view: &View) -> Vec<Finding> {
     findings
 }
 
-/// The forward that takes this port, of those for everybody.
+/// The forward that takes this port for all sources.
 fn forward(uplink: &Uplink, protocol: Protocol, port: u16) -> Option<&Forward> {
     let asked = Asked {
         source: None,
@@ -51,23 +51,23 @@ fn forward(uplink: &Uplink, protocol: Protocol, port: u16) -> Option<&Forward> {
     forwards.find(|forward| forward.takes(asked) && forward.from.is_empty())
 }
 
-/// The same port of two uplinks that leads to different places.
-fn overlaps(view: &View) -> Vec<Finding> {
+/// Ports that two uplinks forward to different places.
+fn differences(view: &View) -> Vec<Finding> {
     let mut findings = Vec::new();
     let uplinks: Vec<_> = view.serving().collect();
-    let painted: Vec<_> = uplinks.iter().map(|(_, uplink)| paint(uplink)).collect();
+    let targets: Vec<_> = uplinks.iter().map(|(_, uplink)| targets(uplink)).collect();
     for (second, (name, _)) in uplinks.iter().enumerate() {
         for first in 0..second {
-            let differing = painted[second].iter().filter(|(key, place)| {
-                let other = painted[first].get(key);
-                other.is_some_and(|other| other != *place)
+            let differing = targets[second].iter().filter(|(port, target)| {
+                let other = targets[first].get(port);
+                other.is_some_and(|other| other != *target)
             });
             let ports: Vec<String> = differing
                 .map(|((protocol, port), _)| format!("{protocol}/{port}"))
                 .collect();
             if !ports.is_empty() {
                 let what = format!(
-                    "the same port leads elsewhere than by {}: {}",
+                    "forwards these ports to another target than {} does: {}",
                     uplinks[first].0,
                     few(ports)
                 );
@@ -78,12 +78,12 @@ fn overlaps(view: &View) -> Vec<Finding> {
     findings
 }
 
-type Place = (Ipv4Addr, u16);
+type Target = (Ipv4Addr, u16);
 
-/// Where each port leads that a forward names; the first forward counts. Those for all ports are what
-/// is left over, and may differ.
-fn paint(uplink: &Uplink) -> BTreeMap<(Protocol, u16), Place> {
-    let mut places = BTreeMap::new();
+/// The target of each port that a forward for all sources names: the first forward takes it. Forwards of all ports are
+/// left out, since they take what the others leave.
+fn targets(uplink: &Uplink) -> BTreeMap<(Protocol, u16), Target> {
+    let mut targets = BTreeMap::new();
     for forward in uplink
         .forwards
         .iter()
@@ -95,26 +95,27 @@ fn paint(uplink: &Uplink) -> BTreeMap<(Protocol, u16), Place> {
         for protocol in forward.protocols.iter() {
             for port in ports.first..=ports.last {
                 let to_port = forward.to_port.unwrap_or(port);
-                places
+                targets
                     .entry((*protocol, port))
                     .or_insert((forward.to, to_port));
             }
         }
     }
-    places
+    targets
 }
 
-/// The router's own services: a client's socket of UDP uplink_links as one that waits does, but for its port.
-fn services() -> Vec<Socket> {
-    let ephemeral = sysctl::read("net/ipv4/ip_local_port_range").and_then(|range| {
+/// The sockets of the router's services. A client's UDP socket looks like a service's, but for its ephemeral port.
+fn services(root: &Root) -> Vec<Socket> {
+    let range = root.sysctl("net/ipv4/ip_local_port_range");
+    let ephemeral: Option<RangeInclusive<u16>> = range.and_then(|range| {
         let (first, last) = range.split_once(char::is_whitespace)?;
         Some(first.trim().parse().ok()?..=last.trim().parse().ok()?)
     });
-    let is_clients = |socket: &Socket| {
-        let range: Option<&RangeInclusive<u16>> = ephemeral.as_ref();
-        socket.protocol == Protocol::Udp && range.is_some_and(|range| range.contains(&socket.port))
-    };
-    let mut sockets = [Protocol::Tcp, Protocol::Udp].map(listening).concat();
-    sockets.retain(|socket| !is_clients(socket));
+    let is_ephemeral = |port: &u16| ephemeral.as_ref().is_some_and(|range| range.contains(port));
+    let mut sockets: Vec<Socket> = [Protocol::Tcp, Protocol::Udp]
+        .into_iter()
+        .flat_map(|protocol| listening_below(root, protocol))
+        .collect();
+    sockets.retain(|socket| socket.protocol == Protocol::Tcp || !is_ephemeral(&socket.port));
     sockets
 }

@@ -1,34 +1,30 @@
-//! The hooks that pppd runs, by way of run-parts(8).
+//! The programs that pppd runs when a link comes up or goes down, by way of run-parts(8).
 
 use std::env;
 use std::ffi::OsStr;
-use std::fs::{self, Metadata};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::Finding;
+use crate::kernel::root::Root;
 
-/// pppd's script, and the folder whose programs it runs.
-const EVENTS: [(&str, &str); 3] = [
-    ("/etc/ppp/ip-pre-up", "/etc/ppp/ip-pre-up.d"),
-    ("/etc/ppp/ip-up", "/etc/ppp/ip-up.d"),
-    ("/etc/ppp/ip-down", "/etc/ppp/ip-down.d"),
-];
+/// Each script of pppd's. It runs the programs in the folder of the same name with `.d` behind.
+const SCRIPTS: [&str; 3] = ["/etc/ppp/ip-pre-up", "/etc/ppp/ip-up", "/etc/ppp/ip-down"];
 
 /// The largest script that is read, in bytes.
 const MAX_SCRIPT: u64 = 64 << 10;
 
-/// Each event's hook.
-pub fn check() -> Vec<Finding> {
-    EVENTS
+/// Checks that each of pppd's events reaches mh-hook.
+pub fn check(root: &Root) -> Vec<Finding> {
+    SCRIPTS
         .iter()
-        .flat_map(|(script, folder)| event(Path::new(script), Path::new(folder)))
+        .flat_map(|script| event(root, script))
         .collect()
 }
 
-fn event(script: &Path, folder: &Path) -> Vec<Finding> {
-    // pppd waits for ip-pre-up, but all goes on without.
-    let is_needed = !script.ends_with("ip-pre-up");
+fn event(root: &Root, script: &str) -> Vec<Finding> {
+    // Without ip-pre-up the entries come a moment later, at ip-up.
+    let is_needed = !script.ends_with("/ip-pre-up");
     let missing = |what: String| {
         if is_needed {
             Finding::harms("hook-missing", what)
@@ -36,125 +32,101 @@ fn event(script: &Path, folder: &Path) -> Vec<Finding> {
             Finding::note("hook-missing", what)
         }
     };
-    let name = script.file_name().unwrap_or_default().display();
     // A script that calls mh-hook itself needs no folder.
-    if calls_mh_hook(script) || calls_mh_hook(&script.with_extension("local")) {
-        return modes(script);
+    if calls_mh_hook(root, script) || calls_mh_hook(root, format!("{script}.local")) {
+        return modes(root, Path::new(script));
     }
+    let folder = format!("{script}.d");
     let mut findings = Vec::new();
-    if !calls(script, &format!("{name}.d")) {
-        let what = format!(
-            "pppd's {} does not run what stands in {}",
-            script.display(),
-            folder.display()
-        );
+    let name = script.rsplit('/').next().unwrap_or_default();
+    if !mentions(root, script, &format!("{name}.d")) {
+        let what = format!("pppd's script {script} does not run the programs in {folder}");
         findings.push(missing(what));
     }
-    let hooks: Vec<PathBuf> = entries(folder).filter(|path| calls_mh_hook(path)).collect();
+    let mut hooks = root.list(&folder);
+    hooks.retain(|hook| calls_mh_hook(root, hook));
     if hooks.is_empty() {
-        let what = format!(
-            "no hook in {}: mh-hook does not hear of pppd's {name}",
-            folder.display()
-        );
-        let link = format!(
-            "ln -s {} {}/0mh-hook",
-            program().display(),
-            folder.display()
-        );
-        findings.push(missing(what).mend(link));
+        let what = format!("no program in {folder} calls mh-hook, so pppd does not run it");
+        let link = format!("ln -s {} {folder}/0mh-hook", program(root).display());
+        findings.push(missing(what).fix(link));
     }
-    let taken = hooks.iter().any(|hook| is_run(hook));
+    let has_one_that_runs = hooks.iter().any(|hook| is_run(hook));
     for hook in &hooks {
-        if !is_run(hook) && !taken {
-            let what = format!(
-                "{} is not run: run-parts takes names of A-Z a-z 0-9 _ - only",
-                hook.display()
-            );
-            let mend = format!("mv {} {}/0mh-hook", hook.display(), folder.display());
-            findings.push(Finding::harms("hook-name", what).mend(mend));
+        if !has_one_that_runs {
+            let hook = hook.display();
+            let what = format!("run-parts skips {hook}: it runs names of A-Z a-z 0-9 _ - only");
+            let fix = format!("mv {hook} {folder}/0mh-hook");
+            findings.push(Finding::harms("hook-name", what).fix(fix));
         }
-        findings.extend(modes(hook));
+        findings.extend(modes(root, hook));
     }
-    if !hooks.is_empty()
-        && let Ok(metadata) = fs::metadata(folder)
-    {
-        findings.extend(writable(folder, &metadata));
+    if !hooks.is_empty() {
+        findings.extend(writable(root, Path::new(&folder)));
     }
     findings
 }
 
-/// Whether run-parts(8) takes the name.
+/// Whether run-parts(8) runs a program of this name.
 fn is_run(hook: &Path) -> bool {
     let name = hook.file_name().and_then(OsStr::to_str).unwrap_or_default();
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     !name.is_empty() && name.chars().all(plain)
 }
 
-/// A hook that can't be run, or that others than root can change.
-fn modes(hook: &Path) -> Vec<Finding> {
-    let Ok(metadata) = fs::metadata(hook) else {
-        return Vec::new();
-    };
-    let mut findings: Vec<Finding> = writable(hook, &metadata).into_iter().collect();
-    if metadata.permissions().mode() & 0o111 == 0 {
-        let what = format!("{} is not executable, and not run", hook.display());
-        findings.push(
-            Finding::harms("hook-not-executable", what)
-                .mend(format!("chmod +x {}", hook.display())),
-        );
+/// A hook that can't be run, or that users other than root can change.
+fn modes(root: &Root, hook: &Path) -> Vec<Finding> {
+    let mut findings: Vec<Finding> = writable(root, hook).into_iter().collect();
+    let metadata = root.metadata(hook);
+    if metadata.is_some_and(|metadata| metadata.permissions().mode() & 0o111 == 0) {
+        let hook = hook.display();
+        let what = format!("{hook} is not executable, so it is not run");
+        let fix = format!("chmod +x {hook}");
+        findings.push(Finding::harms("hook-not-executable", what).fix(fix));
     }
     findings
 }
 
-fn writable(path: &Path, metadata: &Metadata) -> Option<Finding> {
+fn writable(root: &Root, path: &Path) -> Option<Finding> {
+    let metadata = root.metadata(path)?;
     let path = path.display();
     let finding = |why: String| {
-        let what = format!("what {path} runs as root, others can change: {why}");
+        let what = format!("users other than root can change what root runs from {path}: {why}");
         Finding::harms("hook-writable", what)
     };
-    if metadata.uid() != 0 {
+    if metadata.uid() != root.owner {
         let why = format!("it belongs to user {}", metadata.uid());
-        return Some(finding(why).mend(format!("chown root {path}")));
+        return Some(finding(why).fix(format!("chown root {path}")));
     }
     let mode = metadata.permissions().mode() & 0o7777;
     (mode & 0o022 != 0)
-        .then(|| finding(format!("its mode is {mode:o}")).mend(format!("chmod go-w {path}")))
+        .then(|| finding(format!("its mode is {mode:o}")).fix(format!("chmod go-w {path}")))
 }
 
-fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
-    paths.sort();
-    paths.into_iter()
-}
-
-/// Whether a file is mh-hook, a link to it, or a script that names it.
-fn calls_mh_hook(path: &Path) -> bool {
-    let Ok(real_path) = path.canonicalize() else {
+/// Whether a file is mh-hook, a link to it, or a script that calls it.
+fn calls_mh_hook(root: &Root, path: impl AsRef<Path>) -> bool {
+    let Some(real_path) = root.canonical(&path) else {
         return false;
     };
-    let own = env::current_exe().ok();
     real_path.file_name() == Some(OsStr::new("mh-hook"))
-        || own.is_some_and(|own| own == real_path)
-        || calls(path, "mh-hook")
+        || env::current_exe().ok() == root.reach(&path)
+        || mentions(root, path, "mh-hook")
 }
 
-/// Whether a script says this, elsewhere than in a comment.
-fn calls(path: &Path, word: &str) -> bool {
-    let is_small = fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() <= MAX_SCRIPT);
-    let text = if is_small { fs::read(path).ok() } else { None };
-    let text = String::from_utf8_lossy(&text.unwrap_or_default()).into_owned();
+/// Whether a script says this word, outside of its comments.
+fn mentions(root: &Root, path: impl AsRef<Path>, word: &str) -> bool {
+    let metadata = root.metadata(&path);
+    let is_small = metadata.is_some_and(|file| file.len() <= MAX_SCRIPT);
+    let text = is_small.then(|| root.read(path)).flatten();
+    let text = text.unwrap_or_default();
     let mut lines = text.lines().map(str::trim_start);
     lines.any(|line| !line.starts_with('#') && line.contains(word))
 }
 
-/// Where the program stands.
-fn program() -> PathBuf {
-    let mut places = ["/usr/sbin/mh-hook", "/usr/local/sbin/mh-hook"]
-        .iter()
-        .map(PathBuf::from);
-    places
-        .find(|path| path.is_file())
+/// Where this program is installed.
+fn program(root: &Root) -> PathBuf {
+    let mut paths = ["/usr/sbin/mh-hook", "/usr/local/sbin/mh-hook"].into_iter();
+    let installed = paths.find(|path| root.exists(path)).map(PathBuf::from);
+    installed
         .or_else(|| env::current_exe().ok())
         .unwrap_or_else(|| "/usr/sbin/mh-hook".into())
 }

@@ -1,32 +1,54 @@
-//! The LAN's interfaces, the uplinks' links, and whether what should stand does.
+//! The LAN's interfaces and the uplinks' links, and whether our entries are installed.
+
+use std::fmt;
 
 use super::{Finding, View, Weight, count, few};
-use crate::config::Uplink;
-use crate::inspect::snapshot::Comparison;
+use crate::config::{Config, Uplink};
+use crate::inspect::drift::Drift;
+use crate::inspect::snapshot::{Comparison, Snapshot};
 use crate::model::names::{IfName, UplinkName};
+use crate::model::netfilter::Table;
 use crate::model::state::State;
-use crate::reconcile::diff::{Change, Step, diff};
-use crate::reconcile::ownership::parts;
+use crate::reconcile::diff::diff;
+use crate::reconcile::ownership::{Part, parts};
+use crate::reconcile::{not_listed, writes_to};
 
-/// Both sides of the router.
+/// Checks both sides of the router, and our entries.
 pub fn check(view: &View) -> Vec<Finding> {
     let mut findings = lan(view);
     for (name, uplink) in &view.config.uplinks {
-        match view.links().get(name) {
-            Some(Some(_)) => {}
-            _ => findings.push(link(view, name, uplink)),
+        if view.links().get(name).is_none_or(Option::is_none) {
+            findings.push(link(view, name, uplink));
         }
     }
     findings.extend(drift(view));
     findings
 }
 
-/// Why an interface is of no use; none where it is up.
-fn fault(view: &View, interface: &str) -> Option<&'static str> {
+/// Why an interface carries nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    Missing,
+    Down,
+    NoAddress,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Missing => "does not exist",
+            Self::Down => "is down",
+            Self::NoAddress => "has no IPv4 address",
+        })
+    }
+}
+
+/// None where the interface is up and has an address.
+fn fault(view: &View, interface: &str) -> Option<Fault> {
     match view.snapshot.kernel.links.get(interface) {
-        None => Some("does not exist"),
-        Some(link) if !link.up => Some("is down"),
-        Some(link) if link.addresses.is_empty() => Some("has no IPv4 address"),
+        None => Some(Fault::Missing),
+        Some(link) if !link.up => Some(Fault::Down),
+        Some(link) if link.addresses.is_empty() => Some(Fault::NoAddress),
         Some(_) => None,
     }
 }
@@ -46,50 +68,46 @@ fn lan(view: &View) -> Vec<Finding> {
             Finding::harms("lan-interface", what)
         };
         match fault {
-            "is down" => finding.mend(format!("ip link set {lan} up")),
-            "does not exist" => finding.mend(format!(
-                "[lan] interfaces = […]: without {lan:?}, or make it"
+            Fault::Missing => finding.fix(format!(
+                "[lan] interfaces = […]: without \"{lan}\", or add the interface"
             )),
-            _ => finding,
+            Fault::Down => finding.fix(format!("ip link set {lan} up")),
+            Fault::NoAddress => finding,
         }
     });
     findings.collect()
 }
 
-/// An uplink whose link can't carry anything.
+/// An uplink whose link is down or not known.
 fn link(view: &View, name: &UplinkName, uplink: &Uplink) -> Finding {
     let interface = uplink.identity.interface.as_ref();
-    let what = match interface {
-        Some(interface) => match fault(view, interface.as_str()) {
-            Some(fault) => format!("its link {interface} {fault}"),
-            None => format!("nothing tells whether {interface} is its link now"),
-        },
-        None => {
-            "nothing tells which link is its own: it is not dialled, or no hook has seen it".into()
+    let fault = interface.and_then(|interface| fault(view, interface.as_str()));
+    let what = match (interface, fault) {
+        (Some(interface), Some(fault)) => format!("the uplink's link {interface} {fault}"),
+        (Some(interface), None) => {
+            format!("no installed entry tells whether {interface} is the uplink's link now")
         }
+        (None, _) => "no installed entry tells which interface is the uplink's link: it was not dialled, or the hook was not run".into(),
     };
-    let is_serving = !uplink.forwards.is_empty();
-    let finding = if is_serving {
-        Finding::stops("link", what)
-    } else {
+    let finding = if uplink.forwards.is_empty() {
         Finding::harms("link", what)
+    } else {
+        Finding::stops("link", what)
     };
     let finding = finding.of(name);
     if let Some(free) = free(view, interface) {
-        return finding.mend(format!("mh-hook --uplink {name} up {free}"));
+        return finding.fix(format!("mh-hook --uplink {name} up {free}"));
     }
-    if let Some(peer) = super::peers::of(view.config, name) {
-        return finding.mend(format!("pon {peer}"));
+    if let Some(peer) = super::peers::of(&view.snapshot.root, view.config, name) {
+        return finding.fix(format!("pon {peer}"));
     }
-    match interface {
-        Some(interface) if fault(view, interface.as_str()) == Some("is down") => {
-            finding.mend(format!("ip link set {interface} up"))
-        }
-        _ => finding,
+    match interface.filter(|_| fault == Some(Fault::Down)) {
+        Some(interface) => finding.fix(format!("ip link set {interface} up")),
+        None => finding,
     }
 }
 
-/// The one PPP link that is up and may be this uplink's, since it is nobody's yet.
+/// The one PPP link that is up, may be this uplink's, and is not another uplink's.
 fn free<'a>(view: &'a View, interface: Option<&IfName>) -> Option<&'a str> {
     let is_taken = |name: &str| {
         let mut links = view.links().values().flatten();
@@ -103,7 +121,24 @@ fn free<'a>(view: &'a View, interface: Option<&IfName>) -> Option<&'a str> {
     free.next().filter(|_| free.next().is_none())
 }
 
-/// What stands and should not, or should and does not.
+/// Tables that iptables-save does not list, so that nobody knows what they hold.
+pub fn tables(snapshot: &Snapshot, config: Option<&Config>) -> Vec<Finding> {
+    let unlisted = snapshot.kernel.ruleset.incompatible.iter();
+    let findings = unlisted.map(|name| {
+        let is_used = |table: &Table| table.name() == name && writes_to(*table, config);
+        let (what, fix) = not_listed(name);
+        let finding = if Table::ALL.iter().any(is_used) {
+            let what = what + ", so mh-hook writes nothing there";
+            Finding::stops("table-not-listed", what)
+        } else {
+            Finding::note("table-not-listed", what)
+        };
+        finding.fix(fix)
+    });
+    findings.collect()
+}
+
+/// Entries of ours that are missing or extra, and those of no configured uplink.
 fn drift(view: &View) -> Vec<Finding> {
     let mut findings = Vec::new();
     let Comparison {
@@ -114,58 +149,46 @@ fn drift(view: &View) -> Vec<Finding> {
     } = &view.comparison;
     let (parts, orphans) = parts(view.config, owners, installed, links);
     for (name, part) in &parts {
-        let finding = differs(&part.installed, &part.desired).map(|mut finding| {
+        findings.extend(differs(view.snapshot, part).map(|mut finding| {
             if view.config.uplinks[name].forwards.is_empty() {
                 finding.weight = Weight::Harms;
             }
             finding.of(name)
-        });
-        findings.extend(finding);
+        }));
     }
-    let entries = commands(&diff(&orphans, &State::default()));
-    if !entries.is_empty() {
+    let orphans = Drift::entries(&diff(&orphans, &State::default())).extra;
+    if !orphans.is_empty() {
         let what = format!(
-            "{} of ours, that no configured uplink claims: gone with {}",
-            count(entries.len(), "entry stands", "entries stand"),
-            few(entries.iter().map(|(_, command)| command))
+            "{} to no configured uplink; sync runs {}",
+            count(
+                orphans.len(),
+                "entry of ours belongs",
+                "entries of ours belong"
+            ),
+            few(orphans)
         );
-        findings.push(Finding::harms("orphans", what).mend("mh-hook sync"));
+        findings.push(Finding::harms("orphans", what).fix("mh-hook sync"));
     }
     findings
 }
 
-fn differs(installed: &State, desired: &State) -> Option<Finding> {
-    let entries = commands(&diff(installed, desired));
-    let (extra, missing): (Vec<_>, Vec<_>) = entries
-        .iter()
-        .partition(|(change, _)| *change == Change::Delete);
-    let list = |entries: &[&(Change, String)]| few(entries.iter().map(|(_, command)| command));
-    let finding = if missing.is_empty() {
-        let what = format!(
-            "{}: {}",
-            count(
-                extra.len(),
-                "entry of its own should not stand",
-                "entries of its own should not stand"
-            ),
-            list(&extra)
-        );
-        Finding::harms("drift", what)
-    } else {
-        let what = format!(
-            "{} missing: {}",
-            count(missing.len(), "entry is", "entries are"),
-            list(&missing)
-        );
-        Finding::stops("drift", what)
+fn differs(snapshot: &Snapshot, part: &Part) -> Option<Finding> {
+    let steps = snapshot.steps(&part.installed, &part.desired);
+    let Drift { missing, extra } = Drift::entries(&steps);
+    let mut texts = Vec::new();
+    if !missing.is_empty() {
+        let number = count(missing.len(), "entry is", "entries are");
+        texts.push(format!("{number} missing: {}", few(&missing)));
+    }
+    if !extra.is_empty() {
+        let number = count(extra.len(), "entry is", "entries are");
+        texts.push(format!("{number} extra: {}", few(&extra)));
+    }
+    let what = texts.join("; ");
+    let finding = match (missing.is_empty(), extra.is_empty()) {
+        (true, true) => return None,
+        (true, false) => Finding::harms("drift", what),
+        (false, _) => Finding::stops("drift", what),
     };
-    (!entries.is_empty()).then(|| finding.mend("mh-hook sync"))
-}
-
-/// What the steps change.
-fn commands(steps: &[Step]) -> Vec<(Change, String)> {
-    let changes = steps.iter().flat_map(Step::changes);
-    changes
-        .map(|(change, command)| (change, command.to_string()))
-        .collect()
+    Some(finding.fix("mh-hook sync"))
 }

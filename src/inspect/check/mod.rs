@@ -1,5 +1,5 @@
-//! What would keep this from working, and what mends it: the configuration, then the system. Each
-//! file below uplink_links at one side of the machine; this one has the nouns, the order and the text.
+//! `mh-hook check`: finds what keeps forwards from working, in the configuration and the system, and tells what fixes it.
+//! Each file in this folder checks one subject; this one has the nouns, the order of the checks, and the printed text.
 
 use anyhow::{Error, Result};
 use serde::Serialize;
@@ -13,62 +13,61 @@ use crate::model::names::UplinkName;
 mod firewall;
 mod forwards;
 mod hooks;
+mod kernel_config;
 mod links;
 mod peers;
-mod rest;
 mod routing;
 mod services;
 mod sysctl;
+mod versions;
 mod walk;
 
-/// What was found, and what was looked at.
+/// The findings, and how much was checked.
 #[derive(Debug, Serialize)]
 pub struct Check {
-    /// The heaviest first; of the same weight, in the order of a packet's way.
+    /// By weight; of the same weight, in the order in which a packet passes.
     pub findings: Vec<Finding>,
-    /// How much there was to look at.
+    /// How much was checked.
     pub looked_at: Scope,
 }
 
-/// How much was looked at.
+/// How much was checked; foreign entries count, too.
 #[derive(Debug, Default, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Scope {
-    /// Configured uplinks.
     pub uplinks: usize,
-    /// Configured forwards.
     pub forwards: usize,
-    /// Rules of the routing policy, everybody's.
     pub route_rules: usize,
-    /// Routes of all tables, everybody's.
     pub routes: usize,
-    /// Rules of iptables in all backends, everybody's.
+    /// Of both backends.
     pub iptables_rules: usize,
 }
 
-/// One thing that is not as it should be.
+/// Something that is wrong, or worth knowing.
 #[derive(Debug, Serialize)]
 pub struct Finding {
-    /// Its name, which stays.
+    /// Never changes, so that programs can rely on it.
     pub id: &'static str,
-    /// What it does.
+    /// How bad it is.
     pub weight: Weight,
-    /// The uplink, where it is one's.
+    /// The uplink that it is about.
     pub uplink: Option<String>,
-    /// What it is.
+    /// One sentence.
     pub what: String,
-    /// What mends it, in order: commands, or lines of a file that is named.
-    pub mend: Vec<String>,
+    /// What fixes it, in order: commands, or lines of a file that is named.
+    #[serde(rename = "mend")]
+    pub fixes: Vec<String>,
 }
 
-/// What a finding does; the heaviest first.
+/// How bad a finding is; the worst first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Weight {
     /// Forwards do not work.
     Stops,
-    /// Something else does not, or forwards will not after the next restart.
+    /// Something else does not work, or forwards will not after the next restart.
     Harms,
-    /// To be known, and well as it may be.
+    /// Worth knowing; may be intended.
     Note,
 }
 
@@ -79,7 +78,7 @@ impl Finding {
             weight,
             uplink: None,
             what: what.into(),
-            mend: Vec::new(),
+            fixes: Vec::new(),
         }
     }
 
@@ -100,8 +99,8 @@ impl Finding {
         self
     }
 
-    fn mend(mut self, line: impl Into<String>) -> Self {
-        self.mend.push(line.into());
+    fn fix(mut self, line: impl Into<String>) -> Self {
+        self.fixes.push(line.into());
         self
     }
 }
@@ -114,30 +113,29 @@ struct View<'a> {
 }
 
 impl View<'_> {
-    /// The uplinks' links.
     fn links(&self) -> &UplinkLinks {
         &self.comparison.links
     }
 
-    /// The uplinks with forwards.
+    /// The uplinks that have forwards.
     fn serving(&self) -> impl Iterator<Item = (&UplinkName, &Uplink)> {
         let uplinks = self.config.uplinks.iter();
         uplinks.filter(|(_, uplink)| !uplink.forwards.is_empty())
     }
 
-    /// The uplinks with forwards whose link is up.
+    /// The uplinks that have forwards and whose link is up.
     fn serving_links(&self) -> impl Iterator<Item = (&UplinkName, &Uplink, &UplinkLink)> {
         self.serving()
             .filter_map(|(name, uplink)| Some((name, uplink, self.links().get(name)?.as_ref()?)))
     }
 }
 
-/// `config`: what holds, or why it does not; then only what needs no configuration is looked at.
+/// Runs all checks. Where the configuration does not hold, only those that need none.
 ///
 /// # Errors
-/// A tool can't be run, or answers what can't be read.
+/// A tool can't be run, or its answer can't be read.
 pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Check> {
-    let boot = sysctl::Boot::read();
+    let root = &snapshot.root;
     let mut findings = Vec::new();
     let mut looked_at = Scope {
         route_rules: snapshot.kernel.routing.rules.len(),
@@ -158,13 +156,14 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
     }
     let needs_system = config.is_err() || looked_at.uplinks > 0;
     if needs_system {
-        findings.extend(sysctl::forwarding(&boot));
+        findings.extend(sysctl::forwarding(root));
     } else {
         findings.push(Finding::note(
             "no-uplinks",
-            "the configuration has no uplinks: nothing is asked for, see mh-hook.toml(5)",
+            "the configuration has no uplinks, so there is nothing to do: see mh-hook.toml(5)",
         ));
     }
+    findings.extend(links::tables(snapshot, config.ok()));
     if let Ok(config) = config {
         match snapshot.compare(config) {
             Ok(comparison) => {
@@ -174,7 +173,7 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
                     comparison,
                 };
                 findings.extend(links::check(&view));
-                findings.extend(sysctl::per_link(&view, &boot));
+                findings.extend(sysctl::per_link(&view));
                 let routes = routing::targets(&view)?;
                 findings.extend(routing::check(&view, &routes)?);
                 findings.extend(firewall::check(&view, &routes));
@@ -189,9 +188,10 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
     }
     findings.extend(firewall::backends(snapshot));
     findings.extend(firewall::nftables(snapshot)?);
-    findings.extend(hooks::check());
-    findings.extend(services::check());
-    findings.extend(rest::check(snapshot)?);
+    findings.extend(hooks::check(root));
+    findings.extend(services::check(root));
+    findings.extend(versions::check(snapshot)?);
+    findings.extend(kernel_config::check(snapshot));
     findings.sort_by_key(|finding| finding.weight);
     Ok(Check {
         findings,
@@ -199,7 +199,7 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
     })
 }
 
-/// Each problem of a configuration is a finding of its own.
+/// Each problem of the configuration is a finding.
 fn configuration(error: &Error) -> Vec<Finding> {
     let lines: Vec<String> = match error.downcast_ref::<Errors>() {
         Some(errors) => errors.lines().collect(),
@@ -238,10 +238,9 @@ impl Report for Check {
             if let Some(uplink) = &finding.uplink {
                 text += &format!("{uplink}: ");
             }
-            // Others' entries and files can hold any byte.
             text += &finding.what;
             text.push('\n');
-            for line in &finding.mend {
+            for line in &finding.fixes {
                 text += &format!("    {line}\n");
             }
         }
@@ -256,7 +255,7 @@ impl Report for Check {
     }
 }
 
-/// The first few of many, for a sentence: `a, b, c and 7 more`.
+/// The first three, for a sentence: `a, b, c and 7 more`.
 fn few<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     const FEW: usize = 3;
     let all: Vec<String> = items.into_iter().map(|item| item.to_string()).collect();

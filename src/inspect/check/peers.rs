@@ -1,16 +1,16 @@
-//! pppd's options for the uplinks' links: files in /etc/ppp/peers, behind /etc/ppp/options.
+//! pppd's options for the uplinks' links: the files in /etc/ppp/peers, each read after /etc/ppp/options.
 
 use std::collections::BTreeMap;
-use std::fs;
 
 use super::{Finding, View, few};
 use crate::config::{Config, Identity};
+use crate::kernel::root::Root;
 use crate::model::names::{IfName, UplinkName};
 
 const FOLDER: &str = "/etc/ppp/peers";
 const COMMON: &str = "/etc/ppp/options";
 
-/// What a file of options says, as far as it is of interest here.
+/// The options in a file that tell which uplink it dials, and what it does to the default route.
 #[derive(Clone, Debug, Default)]
 struct Options {
     identity: Identity,
@@ -21,102 +21,106 @@ struct Options {
 }
 
 impl Options {
-    /// Whether pppd sets a default route: `nodefaultroute` forbids it wherever it stands (pppd(8)).
-    fn sets_default(&self) -> bool {
+    /// Whether pppd adds a default route: `nodefaultroute` forbids it, before or after `defaultroute` (pppd(8)).
+    fn adds_default(&self) -> bool {
         (self.default_route || self.replaces) && !self.no_default_route
     }
 }
 
-/// The peers of the uplinks, by the file's name.
-fn peers(config: &Config) -> BTreeMap<UplinkName, (String, Options)> {
-    let common = fs::read_to_string(COMMON).unwrap_or_default();
+/// The file that dials each uplink, by its name, and its options.
+fn peers(root: &Root, config: &Config) -> BTreeMap<UplinkName, (String, Options)> {
+    let common = root.read(COMMON).unwrap_or_default();
     let mut peers = BTreeMap::new();
-    let entries = fs::read_dir(FOLDER).into_iter().flatten().flatten();
-    for entry in entries {
-        let name = entry.file_name().to_string_lossy().into_owned();
+    for path in root.list(FOLDER) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         // pppd takes any name; these are what editors and dpkg leave behind.
         if name.ends_with('~') || name.contains(".dpkg-") || name.starts_with('.') {
             continue;
         }
-        let Ok(text) = fs::read_to_string(entry.path()) else {
+        let Some(text) = root.read(&path) else {
             continue;
         };
         let options = options(&format!("{common}\n{text}"), &name);
         if let [uplink] = config.matching(&options.identity)[..] {
-            peers.insert(uplink.clone(), (name, options));
+            peers.insert(uplink.clone(), (name.into_owned(), options));
         }
     }
     peers
 }
 
-/// The file that dials an uplink's link, for `pon`.
-pub fn of(config: &Config, name: &UplinkName) -> Option<String> {
-    peers(config).remove(name).map(|(peer, _)| peer)
+/// The name that `pon` takes to dial an uplink's link.
+pub fn of(root: &Root, config: &Config, name: &UplinkName) -> Option<String> {
+    peers(root, config).remove(name).map(|(peer, _)| peer)
 }
 
-/// Options that would take the default route back and forth.
+/// Finds links that take the default route from each other.
 pub fn check(view: &View) -> Vec<Finding> {
-    let peers = peers(view.config);
+    let root = &view.snapshot.root;
+    let peers = peers(root, view.config);
     let mut findings = Vec::new();
-    let setters: Vec<_> = peers
+    let adding: Vec<_> = peers
         .iter()
-        .filter(|(_, (_, options))| options.sets_default())
+        .filter(|(_, (_, options))| options.adds_default())
         .collect();
     let is_serving = |name: &UplinkName| !view.config.uplinks[name].forwards.is_empty();
     let off = |peer: &str| {
-        format!(
-            "sed -i -E 's/^[[:space:]]*(replace)?defaultroute[[:space:]]*$/nodefaultroute/' {FOLDER}/{peer}"
-        )
+        let path = format!("{FOLDER}/{peer}");
+        let own = options(&root.read(&path).unwrap_or_default(), peer);
+        if own.adds_default() {
+            format!(
+                "sed -i -E 's/^[[:space:]]*(replace)?defaultroute[[:space:]]*$/nodefaultroute/' {path}"
+            )
+        } else {
+            // The option stands in /etc/ppp/options.
+            format!("echo nodefaultroute >> {path}")
+        }
     };
     let mut told = None;
-    // One that takes the route away from a link that should have it.
-    for (name, (peer, options)) in &setters {
-        let others = setters.iter().any(|(other, _)| other != name);
+    for (name, (peer, options)) in &adding {
+        let others = adding.iter().any(|(other, _)| other != name);
         let has_plain = view.config.uplinks.keys().any(|name| !is_serving(name));
         if options.replaces && is_serving(name) && (others || has_plain) {
             let what = format!(
-                "{FOLDER}/{peer} says replacedefaultroute: whenever this link comes up, everything else leaves by it"
+                "{FOLDER}/{peer} says replacedefaultroute: whenever this link comes up, it takes the default route \
+                 from the other links"
             );
             findings.push(
                 Finding::harms("peers-replacedefaultroute", what)
                     .of(name)
-                    .mend(off(peer)),
+                    .fix(off(peer)),
             );
             told = Some(*name);
         }
     }
     let mut metrics: BTreeMap<&Option<String>, Vec<_>> = BTreeMap::new();
-    for (name, (peer, options)) in &setters {
+    for (name, (peer, options)) in &adding {
         if Some(*name) != told {
-            metrics
-                .entry(&options.metric)
-                .or_default()
-                .push((*name, peer));
+            let same = metrics.entry(&options.metric).or_default();
+            same.push((*name, peer));
         }
     }
-    for both in metrics.values().filter(|both| both.len() > 1) {
-        let files = both.iter().map(|(_, peer)| format!("{FOLDER}/{peer}"));
+    for same in metrics.values().filter(|same| same.len() > 1) {
+        let files = same.iter().map(|(_, peer)| format!("{FOLDER}/{peer}"));
         let what = format!(
-            "{} all say defaultroute: the link that is dialled first has it",
+            "{} all say defaultroute: the link that is dialled first gets the default route",
             few(files)
         );
         let mut finding = Finding::harms("peers-defaultroute", what);
-        // Those with forwards answer without it; of others, all but one.
-        let serving = both.iter().filter(|(name, _)| is_serving(name));
-        let (keep_one, losers): (usize, Vec<_>) = match serving.clone().count() {
-            0 => (1, both.iter().collect()),
-            all if all == both.len() => (1, both.iter().collect()),
-            _ => (0, serving.collect()),
+        // An uplink with forwards needs no default route. Where that does not tell them apart, the first keeps it.
+        let serving: Vec<_> = same.iter().filter(|(name, _)| is_serving(name)).collect();
+        let losers = match serving.is_empty() || serving.len() == same.len() {
+            true => same.iter().skip(1).collect(),
+            false => serving,
         };
-        for (_, peer) in losers.into_iter().skip(keep_one) {
-            finding = finding.mend(off(peer));
+        for (_, peer) in losers {
+            finding = finding.fix(off(peer));
         }
         findings.push(finding);
     }
     findings
 }
 
-/// What the words of a file say (pppd(8), OPTIONS FILES): `unit N` names `pppN`.
+/// The options of a file (pppd(8), OPTIONS FILES). `unit N` names the interface `pppN`.
 fn options(text: &str, peer: &str) -> Options {
     let mut options = Options::default();
     let words = words(text);
@@ -148,7 +152,7 @@ fn options(text: &str, peer: &str) -> Options {
     options
 }
 
-/// Words apart by white space, in quotes or not; `#` starts a comment, `\` takes what follows as it is.
+/// Words are separated by white space, and may be quoted; `#` starts a comment, `\` takes the next character literally.
 fn words(text: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;

@@ -1,66 +1,94 @@
-//! Where packets go: asked of the kernel, for the forwards' targets and for the replies. Where its
-//! answer is another than it should be, others' rules and routes say why.
+//! The kernel's own answers to `ip route get`, for the forwards' targets and for replies. Where a packet would leave by
+//! another interface than it should, names the foreign rules and routes that send it there.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::net::Ipv4Addr;
 
 use anyhow::Result;
 
 use super::{Finding, View, few};
-use crate::config::Uplink;
+use crate::config::{Routing, Uplink};
 use crate::inspect::snapshot::Snapshot;
 use crate::kernel::ip::RouteLookup;
-use crate::kernel::sysctl;
 use crate::model::link::UplinkLink;
 use crate::model::names::UplinkName;
 use crate::model::route::{FwMark, NOT, Route, RouteKind, RouteRule, TableId};
 
-/// An address in the Internet that is nobody's (RFC 5737), to ask the kernel for.
+/// An address in the Internet that nobody has (RFC 5737), to ask the kernel for.
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
-/// The most forwards' targets that the kernel is asked for: a process each.
-const MOST: usize = 200;
+/// The most targets that are looked up: each takes a process.
+const MAX_TARGETS: usize = 200;
 
-/// The kernel's way to each forward's target, or its refusal.
+/// The route to each forward's target, or the kernel's refusal.
 pub type Targets = BTreeMap<Ipv4Addr, Result<RouteLookup, String>>;
 
-/// Asks for them.
+/// Looks up the routes to the forwards' targets.
 ///
 /// # Errors
 /// The kernel's answer can't be read.
 pub fn targets(view: &View) -> Result<Targets> {
     let forwards = view.serving().flat_map(|(_, uplink)| &uplink.forwards);
     let targets: BTreeSet<Ipv4Addr> = forwards.map(|forward| forward.to).collect();
-    let targets = targets.into_iter().take(MOST);
+    let targets = targets.into_iter().take(MAX_TARGETS);
     targets
-        .map(|target| Ok((target, view.snapshot.route_get(&target.to_string())?)))
+        .map(|target| Ok((target, lookup(view, target)?)))
         .collect()
 }
 
-/// All of it.
+/// The route of a packet from the router itself, or where that leads out of an uplink, of a request that came in by the
+/// link: our rule `iif ppp0 fwmark 0xa/0xff lookup main` keeps requests from foreign rules of a larger priority.
+fn lookup(view: &View, target: Ipv4Addr) -> Result<Result<RouteLookup, String>> {
+    let way = view.snapshot.route_get(&target.to_string())?;
+    if reaches_lan(view, &way) {
+        return Ok(way);
+    }
+    for (_, uplink, link) in view.serving_links() {
+        let mut forwards = uplink.forwards.iter();
+        if let Some(routing) = &uplink.routing
+            && forwards.any(|forward| forward.to == target)
+        {
+            let question = format!(
+                "{target} from {OUTSIDE} iif {} mark {:#x}",
+                link.interface, routing.mark.value
+            );
+            let request = view.snapshot.route_get(&question)?;
+            if reaches_lan(view, &request) {
+                return Ok(request);
+            }
+        }
+    }
+    Ok(way)
+}
+
+/// Whether there is a route, and it does not lead out of an uplink.
+fn reaches_lan(view: &View, way: &Result<RouteLookup, String>) -> bool {
+    let mut links = view.links().values().flatten();
+    way.as_ref()
+        .is_ok_and(|way| links.all(|link| link.interface.as_str() != way.dev))
+}
+
+/// Checks the routes of requests and replies, and the foreign rules and routes beside ours.
 ///
 /// # Errors
 /// The kernel's answer can't be read.
 pub fn check(view: &View, targets: &Targets) -> Result<Vec<Finding>> {
     let mut findings = lan_networks(view)?;
-    let arp = fs::read_to_string("/proc/net/arp").unwrap_or_default();
+    let arp = view.snapshot.root.read("/proc/net/arp");
+    let arp = arp.unwrap_or_default();
     for (name, uplink) in view.serving() {
-        let reached: BTreeSet<Ipv4Addr> =
-            uplink.forwards.iter().map(|forward| forward.to).collect();
         let mut faults: BTreeMap<Fault, Vec<Ipv4Addr>> = BTreeMap::new();
-        for target in reached {
-            if let Some(fault) = targets
-                .get(&target)
-                .and_then(|way| fault(view, &arp, target, way))
-            {
+        let of_uplink: BTreeSet<Ipv4Addr> = uplink.forwards.iter().map(|it| it.to).collect();
+        for target in of_uplink {
+            let way = targets.get(&target);
+            if let Some(fault) = way.and_then(|way| fault(view, &arp, target, way)) {
                 faults.entry(fault).or_default().push(target);
             }
         }
         for (fault, targets) in faults {
             let what = format!("the forwards' target {}: {}", few(targets), fault.why);
             let mut finding = Finding::stops(fault.id, what).of(name);
-            finding.mend = fault.mend;
+            finding.fixes = fault.fixes;
             findings.push(finding);
         }
     }
@@ -78,7 +106,7 @@ pub fn check(view: &View, targets: &Targets) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-/// LAN networks that are on no LAN interface.
+/// Networks in [lan] whose hosts are not behind an interface in [lan].
 fn lan_networks(view: &View) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let lans = &view.config.lan.interfaces;
@@ -88,60 +116,55 @@ fn lan_networks(view: &View) -> Result<Vec<Finding>> {
         let place = match way {
             Ok(way) if way.is_local => continue,
             Ok(way) if lans.iter().any(|lan| lan.as_str() == way.dev) => continue,
-            Ok(way) => format!("behind {}", way.dev),
-            Err(words) => format!("nowhere ({words})"),
+            Ok(way) => format!("is behind {}", way.dev),
+            Err(words) => format!("has no route ({words})"),
         };
         let what = format!(
-            "the LAN's network {network} is {place}, not on {}",
+            "the LAN's network {network} {place}, not behind {}",
             few(lans)
         );
         findings.push(
             Finding::harms("lan-network", what)
-                .mend("[lan] interfaces = […], networks = […]: what ip -4 address shows"),
+                .fix("[lan] interfaces = […], networks = […]: as ip -4 address shows them"),
         );
     }
     Ok(findings)
 }
 
-/// What can be wrong with forwards' targets.
+/// What is wrong with a forward's target.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Fault {
     id: &'static str,
-    /// The end of a sentence.
+    /// The end of a sentence that begins with the target.
     why: String,
-    mend: Vec<String>,
+    fixes: Vec<String>,
 }
 
-/// What is wrong with a forward's target, as far as routing can tell.
+/// What is wrong with a forward's target, as far as routing and ARP tell.
 fn fault(
     view: &View,
     arp: &str,
     target: Ipv4Addr,
     way: &Result<RouteLookup, String>,
 ) -> Option<Fault> {
-    let fault = |id, why, mend| Some(Fault { id, why, mend });
+    let fault = |id, why, fixes| Some(Fault { id, why, fixes });
     let way = match way {
         Ok(way) => way,
         Err(words) => return fault("target-route", format!("no route: {words}"), Vec::new()),
     };
-    if way.is_local {
-        let why = "the router's own address, whose replies go by the default route".into();
-        let mend = "forward = […]: without it; what the router listens on needs no forward";
-        return fault("target-own", why, vec![mend.into()]);
-    }
     let mut links = view.links().values().flatten();
     if links.any(|link| link.interface.as_str() == way.dev) {
-        let why = format!("routed out of the uplink {}, to no LAN", way.dev);
+        let why = format!("routed out of the uplink {}, not into a LAN", way.dev);
         let rules = view.snapshot.kernel.routing.rules.iter().filter(|rule| {
             let table = rule.table().filter(|table| *table != TableId::MAIN);
-            let is_ahead = rule.priority < BEHIND && table == way.table;
+            let is_ahead = rule.priority < LAST && table == way.table;
             !rule.is_ours() && table.is_some() && is_ahead
         });
         let blamed = blame(
             Finding::stops("target-route", why),
             &rules.collect::<Vec<_>>(),
         );
-        return fault("target-route", blamed.what, blamed.mend);
+        return fault("target-route", blamed.what, blamed.fixes);
     }
     let neighbour = way.via.clone().unwrap_or(target.to_string());
     // `IP address  HW type  Flags  HW address  Mask  Device`: flags 0 where nobody has answered
@@ -156,8 +179,7 @@ fn fault(
         .flatten()
 }
 
-/// Replies that leave by another link than the request came by, asked of the kernel; whether all
-/// that should stand does is another question, and asked elsewhere.
+/// Replies that leave by another interface than the request came in by, though our rules and routes are installed.
 fn replies(
     view: &View,
     uplink: &Uplink,
@@ -169,16 +191,18 @@ fn replies(
         return Ok(findings);
     };
     let interface = link.interface.as_str();
-    if !stands(view, routing.table) || sysctl::read("net/ipv4/ip_forward").as_deref() == Some("0") {
+    let ip_forward = view.snapshot.root.sysctl("net/ipv4/ip_forward");
+    if !is_installed(view, routing.table) || ip_forward.as_deref() == Some("0") {
         return Ok(findings);
     }
     let mut seen = BTreeSet::new();
     let mut lost: BTreeMap<(String, &str), Vec<Ipv4Addr>> = BTreeMap::new();
     for forward in &uplink.forwards {
-        let Some(Ok(way)) = targets.get(&forward.to) else {
+        let way = targets.get(&forward.to);
+        let Some(Ok(way)) = way.filter(|way| reaches_lan(view, way)) else {
             continue;
         };
-        if way.is_local || way.dev == interface || !seen.insert(forward.to) {
+        if way.is_local || !seen.insert(forward.to) {
             continue;
         }
         let outside = forward.from.first().map_or(OUTSIDE, |from| from.ip());
@@ -191,16 +215,21 @@ fn replies(
             Ok(answer) => by(&answer),
             Err(words) => words,
         };
-        let place = lost.entry((answer, &way.dev)).or_default();
-        place.push(forward.to);
+        let same = lost.entry((answer, &way.dev)).or_default();
+        same.push(forward.to);
     }
-    for ((answer, lan), targets) in lost {
+    for ((answer, dev), targets) in lost {
+        let ahead = Ahead {
+            of: by_mark(view, routing),
+            mark: routing.mark,
+            sources: targets.clone(),
+        };
+        let ahead = ahead.rules(view, |iif| iif == dev);
         let what = format!(
             "replies of {} with the mark {} do not leave by {interface}: {answer}",
             few(targets),
             routing.mark
         );
-        let ahead = ahead(view, Some(lan), routing.mark);
         findings.push(blame(Finding::stops("reply-route", what), &ahead));
     }
     let question = format!("{OUTSIDE} from {}", link.address);
@@ -212,30 +241,37 @@ fn replies(
                 "what the router itself sends from {} does not leave by {interface}: {answer}",
                 link.address
             );
-            let unmarked = FwMark {
-                value: 0,
-                ..routing.mark
+            let ahead = Ahead {
+                of: RouteRule {
+                    from: Some(link.address.into()),
+                    ..RouteRule::new(view.config.priority.source, routing.table)
+                },
+                mark: FwMark {
+                    value: 0,
+                    ..routing.mark
+                },
+                sources: vec![link.address],
             };
-            let ahead = ahead(view, None, unmarked);
+            let ahead = ahead.rules(view, |iif| iif == "lo");
             findings.push(blame(Finding::harms("own-route", what), &ahead));
         }
     }
     Ok(findings)
 }
 
-/// Whether the table has its rules and its route: all other differences are told elsewhere.
-fn stands(view: &View, table: TableId) -> bool {
-    let (observed, desired) = (&view.comparison.installed, &view.comparison.desired);
+/// Whether all rules and routes that lead to and stand in this table are installed. What is missing is another finding.
+fn is_installed(view: &View, table: TableId) -> bool {
+    let (installed, desired) = (&view.comparison.installed, &view.comparison.desired);
     let rules = desired
         .rules
         .iter()
         .filter(|rule| rule.table() == Some(table));
     let routes = desired.routes.iter().filter(|route| route.table == table);
     rules.clone().count() > 0
-        && rules.into_iter().all(|rule| observed.rules.contains(rule))
+        && rules.into_iter().all(|rule| installed.rules.contains(rule))
         && routes
             .into_iter()
-            .all(|route| observed.routes.contains(route))
+            .all(|route| installed.routes.contains(route))
 }
 
 fn by(way: &RouteLookup) -> String {
@@ -245,7 +281,7 @@ fn by(way: &RouteLookup) -> String {
     }
 }
 
-/// Names the rules that came first, and moves them behind ours.
+/// Names the foreign rules that matched first, and the commands that move them after ours.
 fn blame(mut finding: Finding, ahead: &[&RouteRule]) -> Finding {
     if ahead.is_empty() {
         return finding;
@@ -253,89 +289,104 @@ fn blame(mut finding: Finding, ahead: &[&RouteRule]) -> Finding {
     let texts = ahead.iter().map(|rule| format!("\"{}\"", rule.listed()));
     finding.what += &format!("; ahead of our rules: {}", few(texts));
     for rule in ahead {
-        finding = behind(finding, rule);
+        finding = move_back(finding, rule);
     }
     finding
 }
 
-/// Names the commands that move a rule behind ours.
-fn behind(finding: Finding, rule: &RouteRule) -> Finding {
+/// Adds the commands that move a rule after ours.
+fn move_back(finding: Finding, rule: &RouteRule) -> Finding {
     let moved = RouteRule {
-        priority: BEHIND,
+        priority: LAST,
         ..rule.clone()
     };
     finding
-        .mend(format!("ip rule add {moved}"))
-        .mend(format!("ip rule del {rule}"))
+        .fix(format!("ip rule add {moved}"))
+        .fix(format!("ip rule del {rule}"))
 }
 
-/// A priority behind ours and ahead of the main table's.
-const BEHIND: u32 = 32765;
+/// The last priority before the main table's.
+const LAST: u32 = 32765;
 
-/// Others' rules that a packet with this mark, from this interface or from the router itself, comes to
-/// before it comes to the last of ours, and that may send it elsewhere.
-fn ahead<'a>(view: &'a View, iif: Option<&str>, mark: FwMark) -> Vec<&'a RouteRule> {
-    let ours = view.snapshot.kernel.routing.rules.iter().rposition(|rule| {
-        let priority = &view.config.priority;
-        rule.is_ours() && [priority.mark, priority.source].contains(&rule.priority)
-    });
-    let rules = view
-        .snapshot
-        .kernel
-        .routing
-        .rules
-        .iter()
-        .take(ours.unwrap_or(0));
-    let may = |rule: &&RouteRule| {
-        let is_kernels = rule.priority == 0 && rule.table() == Some(TableId::LOCAL);
-        let fits_iif = match (&rule.iif, iif) {
-            (None, _) => true,
-            (Some(theirs), Some(iif)) => theirs == iif,
-            (Some(theirs), None) => theirs == "lo",
+/// `99: fwmark 0xa/0xff lookup 10 proto 109`, by which replies go back
+fn by_mark(view: &View, routing: &Routing) -> RouteRule {
+    RouteRule {
+        fwmark: Some(routing.mark),
+        ..RouteRule::new(view.config.priority.mark, routing.table)
+    }
+}
+
+/// Foreign rules ahead of a rule of ours, that may match the packets which it is for.
+struct Ahead {
+    /// Our rule.
+    of: RouteRule,
+    /// The packets' mark: our bits of it.
+    mark: FwMark,
+    /// The packets' sources; none for any.
+    sources: Vec<Ipv4Addr>,
+}
+
+impl Ahead {
+    /// The rules, in the kernel's order. `fits_iif` says whether packets may come in by an interface; `lo` is that of
+    /// packets from the router itself (ip-rule(8)).
+    fn rules<'a>(&self, view: &'a View, fits_iif: impl Fn(&str) -> bool) -> Vec<&'a RouteRule> {
+        let rules = &view.snapshot.kernel.routing.rules;
+        let ours = rules.iter().position(|rule| *rule == self.of);
+        let may_match = |rule: &&RouteRule| {
+            let is_kernels = rule.priority == 0 && rule.table() == Some(TableId::LOCAL);
+            let fits_iif = rule.iif.as_deref().is_none_or(&fits_iif);
+            let fits_mark = rule.fwmark.is_none_or(|mark| overlap(mark, self.mark));
+            let contains = |source: &Ipv4Addr| rule.from.is_none_or(|from| from.contains(*source));
+            let fits_source = self.sources.is_empty() || self.sources.iter().any(contains);
+            // With a suppressor the rule finds everything but the default route: only the LANs.
+            let is_near = rule.suppress_prefixlength.is_some();
+            let fits = fits_iif && (rule.is_negated() || fits_mark && fits_source);
+            !rule.is_ours() && !is_kernels && fits && !is_near
         };
-        let fits_mark = rule.is_negated() || rule.fwmark.is_none_or(|theirs| meets(theirs, mark));
-        // All of a table but its default route: it knows only what is near.
-        let is_near = rule.suppress_prefixlength.is_some();
-        !rule.is_ours() && !is_kernels && fits_iif && fits_mark && !is_near
-    };
-    rules.filter(may).collect()
+        let ahead = rules[..ours.unwrap_or(0)].iter();
+        ahead.filter(may_match).collect()
+    }
 }
 
-/// Whether a packet with our mark, and any other bits, can have theirs.
-fn meets(theirs: FwMark, ours: FwMark) -> bool {
-    (theirs.value ^ ours.value) & theirs.mask & ours.mask == 0
+/// Whether some packet's mark matches both: the bits that both masks have are equal.
+fn overlap(one: FwMark, other: FwMark) -> bool {
+    (one.value ^ other.value) & one.mask & other.mask == 0
 }
 
-/// Others' rules ahead of ours that could take any packet, though now the kernel does not say so.
+/// Foreign rules ahead of ours for all packets, in whose tables the kernel finds no route for replies now.
 fn rules_ahead(view: &View) -> Vec<Finding> {
-    let serving = view.serving_links();
-    let routings: Vec<_> = serving
-        .filter_map(|(name, uplink, _)| Some((name, uplink.routing.as_ref()?)))
-        .collect();
     let mut findings: Vec<Finding> = Vec::new();
     let mut told = BTreeSet::new();
-    for (name, routing) in routings {
-        for lan in &view.config.lan.interfaces {
-            for rule in ahead(view, Some(lan.as_str()), routing.mark) {
-                let is_broad = rule.from.is_none()
-                    && rule.to.is_none()
-                    && rule.rest.iter().all(|word| word == NOT)
-                    && rule.table().is_some_and(|table| !table.is_systems());
-                if is_broad && told.insert(rule) {
-                    let what = format!(
-                        "the rule \"{}\" is ahead of ours: what its table has a route for goes there",
-                        rule.listed()
-                    );
-                    let finding = Finding::note("rule-ahead", what).of(name);
-                    findings.push(behind(finding, rule));
-                }
+    for (name, uplink, link) in view.serving_links() {
+        let Some(routing) = &uplink.routing else {
+            continue;
+        };
+        let ahead = Ahead {
+            of: by_mark(view, routing),
+            mark: routing.mark,
+            sources: Vec::new(),
+        };
+        // Replies come in by any interface but the link.
+        let replies = |iif: &str| iif != "lo" && iif != link.interface.as_str();
+        for rule in ahead.rules(view, replies) {
+            let is_broad = rule.from.is_none()
+                && rule.to.is_none()
+                && rule.rest.iter().all(|word| word == NOT)
+                && rule.table().is_some_and(|table| !table.is_systems());
+            if is_broad && told.insert(rule) {
+                let what = format!(
+                    "the foreign rule \"{}\" is ahead of ours: replies take any route that its table gets",
+                    rule.listed()
+                );
+                let finding = Finding::note("rule-ahead", what).of(name);
+                findings.push(move_back(finding, rule));
             }
         }
     }
     findings
 }
 
-/// Others' routes in the uplinks' tables.
+/// Foreign routes in the uplinks' tables.
 fn tables(view: &View) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (name, uplink) in &view.config.uplinks {
@@ -343,22 +394,22 @@ fn tables(view: &View) -> Vec<Finding> {
             continue;
         };
         let routes = view.snapshot.kernel.routing.routes.iter();
-        let theirs: Vec<_> = routes
+        let foreign: Vec<_> = routes
             .filter(|route| !route.is_ours() && route.table == routing.table)
             .collect();
-        let Some(default) = theirs.iter().find(|route| route.is_default()) else {
-            if !theirs.is_empty() {
+        let Some(default) = foreign.iter().find(|route| route.is_default()) else {
+            if !foreign.is_empty() {
                 let what = format!(
-                    "others' routes in its table {}: {}",
+                    "foreign routes in the uplink's table {}: {}",
                     routing.table,
-                    few(&theirs)
+                    few(&foreign)
                 );
                 findings.push(Finding::note("table-routes", what).of(name));
             }
             continue;
         };
         let what = format!(
-            "another's default route in its table {}: \"{}\"",
+            "a foreign default route in the uplink's table {}: \"{}\"",
             routing.table, default
         );
         let is_in_the_way = view.comparison.desired.routes.iter().any(|route| {
@@ -371,12 +422,12 @@ fn tables(view: &View) -> Vec<Finding> {
         } else {
             Finding::harms(
                 "table-default",
-                what + ": replies take it once the link is gone",
+                what + ": replies take it when the link is down",
             )
         };
-        let finding = finding.of(name).mend(format!("ip route del {default}"));
+        let finding = finding.of(name).fix(format!("ip route del {default}"));
         findings.push(if is_in_the_way {
-            finding.mend("mh-hook sync")
+            finding.fix("mh-hook sync")
         } else {
             finding
         });
@@ -384,50 +435,44 @@ fn tables(view: &View) -> Vec<Finding> {
     findings
 }
 
-/// Others' rules by marks that share bits with ours.
+/// Foreign rules that match our marks.
 fn marks(view: &View) -> Vec<Finding> {
     let mut findings = Vec::new();
     let uplinks = view.config.uplinks.iter();
     let marks: Vec<(&UplinkName, FwMark)> = uplinks
         .filter_map(|(name, uplink)| Some((name, uplink.routing.as_ref()?.mark)))
         .collect();
+    let mask = view.config.mask;
     for rule in &view.snapshot.kernel.routing.rules {
-        let Some(theirs) = rule.fwmark.filter(|_| !rule.is_ours()) else {
+        // One without any of our bits set is for packets that we have not marked.
+        let is_for_ours = |mark: &FwMark| mark.value & mark.mask & mask != 0;
+        let is_foreign = !rule.is_ours() && !rule.is_negated();
+        let Some(theirs) = rule.fwmark.filter(|mark| is_foreign && is_for_ours(mark)) else {
             continue;
         };
-        let shares_bits = theirs.mask & view.config.mask != 0;
-        let Some((name, ours)) = marks
-            .iter()
-            .find(|(_, ours)| shares_bits && !rule.is_negated() && meets(theirs, *ours))
-        else {
-            continue;
-        };
-        // Without any of our bits set it matches what is not marked.
-        if theirs.value & view.config.mask == 0 {
-            continue;
+        if let Some((name, ours)) = marks.iter().find(|(_, ours)| overlap(theirs, *ours)) {
+            let what = format!(
+                "the foreign rule \"{}\" matches the uplink's mark {ours}: its fwmark uses bits that [mark] mask {mask:#x} reserves",
+                rule.listed()
+            );
+            findings.push(
+                Finding::harms("mark-rule", what)
+                    .of(name)
+                    .fix("[mark] mask = …: bits that nobody else uses, and mark = … within it"),
+            );
         }
-        let what = format!(
-            "another's rule goes by bits of our mask {:#x}, and by its mark {ours}: \"{}\"",
-            view.config.mask,
-            rule.listed()
-        );
-        findings.push(
-            Finding::harms("mark-rule", what)
-                .of(name)
-                .mend("[mark] mask = …: bits that nobody else uses, and mark = … within it"),
-        );
     }
     findings
 }
 
-/// Whether the router has a way out at all.
+/// Whether the router has a default route.
 pub fn default_route(snapshot: &Snapshot) -> Option<Finding> {
     let routes = snapshot.kernel.routing.routes.iter();
     let has_some = routes.filter(|route| !route.is_ours()).any(|route| {
         let Route {
             kind, destination, ..
         } = route;
-        // A tunnel may lay two halves over the default route.
+        // VPNs add 0.0.0.0/1 and 128.0.0.0/1, which win over the default route.
         *kind == RouteKind::UNICAST
             && destination.prefix() <= 1
             && destination.ip().is_unspecified()
@@ -437,6 +482,6 @@ pub fn default_route(snapshot: &Snapshot) -> Option<Finding> {
             "default-route",
             "there is no default route: the LAN and the router itself reach nothing outside",
         )
-        .mend("defaultroute in /etc/ppp/peers of the link that everything else goes out by")
+        .fix("defaultroute in /etc/ppp/peers of the link that everything else goes out by")
     })
 }

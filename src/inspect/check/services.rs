@@ -1,61 +1,52 @@
-//! Services of the machine that throw our entries away, or bring old ones back.
+//! Services of the system that remove our entries, or restore old ones.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::{Finding, count};
+use crate::inspect::drift::Drift;
 use crate::kernel::iptables_save::Ruleset;
+use crate::kernel::root::Root;
 use crate::model::state::State;
-use crate::reconcile::diff::{Step, diff};
+use crate::reconcile::diff::diff;
 use crate::reconcile::other_backend::owned;
 
-/// Both.
-pub fn check() -> Vec<Finding> {
-    networkd().into_iter().chain(persistent()).collect()
+/// Checks systemd-networkd and netfilter-persistent.
+pub fn check(root: &Root) -> Vec<Finding> {
+    networkd(root).into_iter().chain(persistent(root)).collect()
 }
 
-/// systemd-networkd removes others' rules when it starts (networkd.conf(5)).
-fn networkd() -> Option<Finding> {
-    let runs = Path::new("/run/systemd/netif/state").exists();
-    let wants = "systemd/system/multi-user.target.wants/systemd-networkd.service";
-    let is_enabled = Path::new("/etc").join(wants).is_symlink();
-    if !(runs || is_enabled) || leaves_rules_alone() {
+/// systemd-networkd removes routing rules that it did not add when it starts (networkd.conf(5)).
+fn networkd(root: &Root) -> Option<Finding> {
+    let runs = root.exists("/run/systemd/netif/state");
+    let is_enabled =
+        root.is_symlink("/etc/systemd/system/multi-user.target.wants/systemd-networkd.service");
+    if !(runs || is_enabled) || keeps_foreign_rules(root) {
         return None;
     }
     let file = "/etc/systemd/networkd.conf.d/mh-hook.conf";
     let what = "systemd-networkd removes our routing rules whenever it starts: ManageForeignRoutingPolicyRules is not no";
     Some(
         Finding::harms("networkd-rules", what)
-            .mend("mkdir -p /etc/systemd/networkd.conf.d")
-            .mend(format!(
+            .fix("mkdir -p /etc/systemd/networkd.conf.d")
+            .fix(format!(
                 "printf '[Network]\\nManageForeignRoutingPolicyRules=no\\n' > {file}"
             )),
     )
 }
 
-/// What networkd.conf and its drop-ins say; of drop-ins with the same name the first folder's counts,
-/// and the last of all in the order of their names.
-fn leaves_rules_alone() -> bool {
+/// Whether networkd.conf and its drop-ins say `ManageForeignRoutingPolicyRules=no`. Of drop-ins with the same name the
+/// first folder's counts; drop-ins are read in the order of their names, after networkd.conf, and the last line counts.
+fn keeps_foreign_rules(root: &Root) -> bool {
     const FOLDERS: [&str; 4] = ["/etc", "/run", "/usr/local/lib", "/usr/lib"];
-    let mut files: BTreeMap<String, PathBuf> = BTreeMap::new();
-    for folder in FOLDERS {
-        let folder = Path::new(folder).join("systemd/networkd.conf.d");
-        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-        for entry in entries {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if name.ends_with(".conf") {
-                files.entry(name).or_insert_with(|| entry.path());
-            }
-        }
-    }
+    let drop_ins = FOLDERS.map(|folder| format!("{folder}/systemd/networkd.conf.d"));
     let main = FOLDERS
-        .iter()
-        .map(|folder| Path::new(folder).join("systemd/networkd.conf"))
-        .find(|path| path.exists());
-    let mut leaves = false;
-    for path in main.iter().chain(files.values()) {
-        let text = fs::read_to_string(path).unwrap_or_default();
+        .map(|folder| PathBuf::from(format!("{folder}/systemd/networkd.conf")))
+        .into_iter()
+        .find(|path| root.exists(path));
+    let mut keeps = false;
+    for path in main.iter().chain(&conf_files(root, &drop_ins)) {
+        let text = root.read(path).unwrap_or_default();
         let mut section = "";
         for line in text.lines().map(str::trim) {
             if line.starts_with('[') {
@@ -65,31 +56,42 @@ fn leaves_rules_alone() -> bool {
                 && key.trim() == "ManageForeignRoutingPolicyRules"
             {
                 let value = value.trim().to_ascii_lowercase();
-                leaves = matches!(&value[..], "no" | "n" | "false" | "f" | "off" | "0");
+                keeps = matches!(&value[..], "no" | "n" | "false" | "f" | "off" | "0");
             }
         }
     }
-    leaves
+    keeps
 }
 
-/// Entries of ours that somebody has saved come back at boot, for yesterday's address.
-fn persistent() -> Option<Finding> {
+/// The `*.conf` files of several folders, in the order of their names; of files with the same name, the first folder's.
+pub fn conf_files(root: &Root, folders: &[impl AsRef<str>]) -> Vec<PathBuf> {
+    let mut files = BTreeMap::new();
+    for path in folders.iter().flat_map(|folder| root.list(folder.as_ref())) {
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "conf")
+        {
+            files
+                .entry(path.file_name().map(ToOwned::to_owned))
+                .or_insert(path);
+        }
+    }
+    files.into_values().collect()
+}
+
+/// Our entries in a file that netfilter-persistent restores at boot, for a former address.
+fn persistent(root: &Root) -> Option<Finding> {
     let file = "/etc/iptables/rules.v4";
-    let text = fs::read_to_string(file).ok()?;
+    let text = root.read(file)?;
     let ruleset = Ruleset::parse(&text).ok()?;
-    let (_, state) = owned(None, ruleset);
-    let steps = diff(&state, &State::default());
-    let entries: usize = steps
-        .iter()
-        .map(Step::changes)
-        .map(|changes| changes.len())
-        .sum();
-    (!state.tables.is_empty()).then(|| {
+    let (_, ours) = owned(None, ruleset);
+    let entries = Drift::entries(&diff(&ours, &State::default())).extra.len();
+    (!ours.tables.is_empty()).then(|| {
         let what = format!(
-            "{file} holds {} of ours, that netfilter-persistent brings back at boot, whatever the links' addresses are then",
+            "{file} has {} of ours: netfilter-persistent restores them at boot, whatever address the link has by then",
             count(entries, "entry", "entries")
         );
-        Finding::harms("persistent-rules", what).mend(format!(
+        Finding::harms("persistent-rules", what).fix(format!(
             "sed -i -E '/^:mh-|-A mh-|(-j|-g|--comment) \"?mh-/d' {file}"
         ))
     })

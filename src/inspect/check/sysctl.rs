@@ -1,14 +1,13 @@
-//! Kernel parameters: what they are, and what the next boot makes of them (sysctl.d(5)).
+//! Kernel parameters that forwarding needs: their values now, and what the next boot sets (sysctl.d(5)).
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use super::services::conf_files;
 use super::{Finding, View};
-use crate::kernel::sysctl;
+use crate::kernel::root::Root;
 
-/// The folders of sysctl.d(5): of files with the same name, the first folder's counts.
+/// The folders of sysctl.d(5). Of files with the same name, the first folder's counts.
 const FOLDERS: [&str; 5] = [
     "/etc/sysctl.d",
     "/run/sysctl.d",
@@ -17,17 +16,20 @@ const FOLDERS: [&str; 5] = [
     "/lib/sysctl.d",
 ];
 
-/// A file that comes after those of packages.
+/// A file that is read after those of packages.
 const OWN_FILE: &str = "/etc/sysctl.d/99-zz-router.conf";
 
 const IP_FORWARD: &str = "net/ipv4/ip_forward";
 
+/// Another name of the same switch: a write to either sets both (Documentation/networking/ip-sysctl.rst).
+const ALL_FORWARDING: &str = "net/ipv4/conf/all/forwarding";
+
 /// A line of a file.
 #[derive(Debug)]
 struct Assignment {
-    /// With slashes, as below /proc/sys.
+    /// With slashes, as below /proc/sys. May be a pattern with one `*`.
     key: String,
-    /// None where the line only keeps a pattern from setting it.
+    /// None for `-KEY`, which excludes the parameter from patterns.
     value: Option<String>,
     path: PathBuf,
     line: usize,
@@ -40,84 +42,73 @@ impl fmt::Display for Assignment {
 }
 
 impl Assignment {
-    /// What makes this line say something else, for good.
-    fn mend(&self, value: &str) -> String {
+    /// The command that makes boot set another value: it edits this line, or overrules the line of a package's file,
+    /// which an update would restore.
+    fn fix(&self, value: &str) -> String {
         let path = self.path.display();
         let key = dotted(&self.key);
         if self.path.starts_with("/etc") {
             format!("sed -i '{}s|.*|{key} = {value}|' {path}", self.line)
         } else {
-            // A package's file comes back with the package.
             format!("echo '{key} = {value}' >> {OWN_FILE}")
         }
     }
 }
 
-/// What is set at boot, in the order in which it is: the last counts.
+/// The assignments that are made at boot, in order; the last one counts.
 #[derive(Debug, Default)]
-pub struct Boot(Vec<Assignment>);
+struct Boot(Vec<Assignment>);
 
 impl Boot {
-    /// Reads what systemd-sysctl, or where there is no systemd `sysctl --system`, would.
-    pub fn read() -> Self {
-        let mut files: BTreeMap<String, PathBuf> = BTreeMap::new();
-        for folder in FOLDERS {
-            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-            for entry in entries {
-                let name = entry.file_name().to_string_lossy().into_owned();
-                if name.ends_with(".conf") {
-                    files.entry(name).or_insert_with(|| entry.path());
-                }
-            }
-        }
+    /// Reads the files of systemd-sysctl, or where there is no systemd, of `sysctl --system`.
+    fn read(root: &Root) -> Self {
         let mut boot = Self::default();
-        for path in files.values() {
-            boot.file(path);
+        for path in conf_files(root, &FOLDERS) {
+            boot.file(root, path);
         }
         // systemd-sysctl reads it only where a link in sysctl.d leads to it.
-        if !Path::new("/run/systemd/system").exists() {
-            boot.file(Path::new("/etc/sysctl.conf"));
+        if !root.exists("/run/systemd/system") {
+            boot.file(root, "/etc/sysctl.conf".into());
         }
         // ufw sets these when it starts (ufw-framework(8)).
-        let ufw = fs::read_to_string("/etc/ufw/ufw.conf").unwrap_or_default();
+        let ufw = root.read("/etc/ufw/ufw.conf").unwrap_or_default();
         let is_enabled = |line: &str| line.trim().eq_ignore_ascii_case("ENABLED=yes");
         if ufw.lines().any(is_enabled) {
-            boot.file(Path::new("/etc/ufw/sysctl.conf"));
+            boot.file(root, "/etc/ufw/sysctl.conf".into());
         }
         boot
     }
 
-    fn file(&mut self, path: &Path) {
-        let text = fs::read_to_string(path).unwrap_or_default();
-        // The file itself, where a link leads to it: that is what is edited.
-        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    fn file(&mut self, root: &Root, path: PathBuf) {
+        let text = root.read(&path).unwrap_or_default();
+        // A command must edit the file that a link leads to, not replace the link.
+        let path = root.canonical(&path).unwrap_or(path);
         for (line, text) in (1..).zip(text.lines()) {
             if let Some((key, value)) = assignment(text) {
-                self.0.push(Assignment {
+                let path = path.clone();
+                let assignment = Assignment {
                     key,
                     value,
-                    path: path.clone(),
+                    path,
                     line,
-                });
+                };
+                self.0.push(assignment);
             }
         }
     }
 
-    /// What sets this parameter itself.
-    fn exact(&self, key: &str) -> Option<&Assignment> {
-        self.0.iter().rev().find(|line| line.key == key)
-    }
-
-    /// What sets this parameter, or a pattern that it fits.
-    fn setter(&self, key: &str) -> Option<&Assignment> {
-        let exact = self.exact(key);
-        let fits = |line: &&Assignment| fits(&line.key, key);
-        let setter = exact.or_else(|| self.0.iter().rev().find(fits));
-        setter.filter(|line| line.value.is_some())
+    /// The line that decides whether the kernel forwards. A pattern does not set a parameter that another line names.
+    fn forwarding(&self) -> Option<&Assignment> {
+        let sets = |line: &Assignment, key: &str| {
+            let names = |line: &Assignment| line.key == key;
+            names(line) || fits(&line.key, key) && !self.0.iter().any(names)
+        };
+        let mut lines = self.0.iter().rev().filter(|line| line.value.is_some());
+        lines.find(|line| sets(line, IP_FORWARD) || sets(line, ALL_FORWARDING))
     }
 }
 
-/// `net.ipv4.conf.all.rp_filter = 1`, `net/ipv4/conf/eth1.10/rp_filter=1`, `-net.ipv4.conf.all.rp_filter`
+/// `net.ipv4.ip_forward = 1`, `net/ipv4/conf/eth1.10/forwarding=1`, `-net.ipv4.conf.all.forwarding`
 fn assignment(line: &str) -> Option<(String, Option<String>)> {
     let line = line.trim();
     if line.is_empty() || line.starts_with(['#', ';']) {
@@ -128,14 +119,14 @@ fn assignment(line: &str) -> Option<(String, Option<String>)> {
         None => (false, line),
     };
     match line.split_once('=') {
-        Some((key, value)) => Some((normal(key.trim()), Some(value.trim().to_owned()))),
-        None if is_optional => Some((normal(line.trim()), None)),
+        Some((key, value)) => Some((slashed(key.trim()), Some(value.trim().to_owned()))),
+        None if is_optional => Some((slashed(line.trim()), None)),
         None => None,
     }
 }
 
-/// The first separator says which one it is; where it is the dot, slashes stand for dots.
-fn normal(key: &str) -> String {
+/// With slashes. Where the first separator is a dot, dots are separators, and slashes stand for dots.
+fn slashed(key: &str) -> String {
     let swap = |c: char| match c {
         '.' => '/',
         '/' => '.',
@@ -147,17 +138,17 @@ fn normal(key: &str) -> String {
     }
 }
 
-/// Whether a pattern with one `*` fits.
+/// Whether a pattern with one `*` matches a parameter.
 fn fits(pattern: &str, key: &str) -> bool {
-    let Some((before, behind)) = pattern.split_once('*') else {
+    let Some((before, after)) = pattern.split_once('*') else {
         return false;
     };
     key.strip_prefix(before)
-        .and_then(|rest| rest.strip_suffix(behind))
+        .and_then(|rest| rest.strip_suffix(after))
         .is_some_and(|middle| !middle.contains('/'))
 }
 
-/// With dots, as people write it; with slashes where an interface's name has dots.
+/// With dots, as people write it; with slashes where an interface's name has a dot.
 fn dotted(key: &str) -> String {
     if key.contains('.') {
         key.to_owned()
@@ -170,73 +161,63 @@ fn set(key: &str, value: &str) -> String {
     format!("sysctl -w {}={value}", dotted(key))
 }
 
-/// Whether the kernel forwards at all, now and after the next boot.
-pub fn forwarding(boot: &Boot) -> Option<Finding> {
-    let all = "net/ipv4/conf/all/forwarding";
-    let setter = boot
-        .0
-        .iter()
-        .rev()
-        .find(|line| line.key == IP_FORWARD || line.key == all);
+/// Checks whether the kernel forwards at all, now and after the next boot.
+pub fn forwarding(root: &Root) -> Option<Finding> {
+    let boot = Boot::read(root);
+    let setter = boot.forwarding();
     let for_good = match setter {
-        Some(line) => line.mend("1"),
+        Some(line) => line.fix("1"),
         None => format!("echo '{} = 1' >> {OWN_FILE}", dotted(IP_FORWARD)),
     };
-    let is_off = sysctl::read(IP_FORWARD).as_deref() == Some("0");
-    let sets_off = setter.is_some_and(|line| line.value.as_deref() == Some("0"));
-    if is_off {
-        let mut what = "net.ipv4.ip_forward is 0: nothing is forwarded".to_owned();
+    let disables = setter.is_some_and(|line| line.value.as_deref() == Some("0"));
+    if root.sysctl(IP_FORWARD).as_deref() == Some("0") {
+        let mut what = "net.ipv4.ip_forward is 0: the kernel forwards nothing".to_owned();
         match setter {
-            Some(line) if sets_off => what += &format!("; {line} sets it at boot"),
+            Some(line) if disables => what += &format!("; {line} sets it to 0 at boot"),
             Some(_) => {}
-            None => what += "; nothing in sysctl.d(5) sets it at boot",
+            None => what += "; no file of sysctl.d(5) sets it at boot",
         }
-        let mut finding = Finding::stops("ip-forward", what).mend(set(IP_FORWARD, "1"));
-        if sets_off || setter.is_none() {
-            finding = finding.mend(for_good);
+        let mut finding = Finding::stops("ip-forward", what).fix(set(IP_FORWARD, "1"));
+        if disables || setter.is_none() {
+            finding = finding.fix(for_good);
         }
         return Some(finding);
     }
     match setter {
-        Some(line) if sets_off => Some(
-            Finding::harms(
-                "ip-forward-at-boot",
-                format!("{line} sets net.ipv4.ip_forward to 0 at the next boot"),
-            )
-            .mend(for_good),
-        ),
+        Some(line) if disables => {
+            let what = format!("{line} sets net.ipv4.ip_forward to 0 at the next boot");
+            Some(Finding::harms("ip-forward-at-boot", what).fix(for_good))
+        }
         Some(_) => None,
-        None => Some(
-            Finding::note(
-                "ip-forward-at-boot",
-                "nothing in sysctl.d(5) sets net.ipv4.ip_forward: after the next boot it is 0, unless a service sets it",
-            )
-            .mend(for_good),
-        ),
+        None => {
+            let what = "no file of sysctl.d(5) sets net.ipv4.ip_forward: after the next boot it is 0, unless a service sets it";
+            Some(Finding::note("ip-forward-at-boot", what).fix(for_good))
+        }
     }
 }
 
-/// Forwarding of the links.
-pub fn per_link(view: &View, boot: &Boot) -> Vec<Finding> {
+/// Checks the forwarding of each interface in [lan], and of each uplink's link.
+pub fn per_link(view: &View) -> Vec<Finding> {
+    let root = &view.snapshot.root;
+    if root.sysctl(IP_FORWARD).as_deref() == Some("0") {
+        return Vec::new();
+    }
+    let lans = view.config.lan.interfaces.iter().map(|lan| (lan, None));
+    let links = view.links().iter();
+    let links = links.filter_map(|(name, link)| Some((&link.as_ref()?.interface, Some(name))));
     let mut findings = Vec::new();
-    if sysctl::read(IP_FORWARD).as_deref() != Some("0") {
-        let lans = view.config.lan.interfaces.iter().map(|lan| (lan, None));
-        let links = view
-            .links()
-            .iter()
-            .filter_map(|(name, link)| Some((&link.as_ref()?.interface, Some(name))));
-        for (interface, uplink) in lans.chain(links) {
-            let key = format!("net/ipv4/conf/{interface}/forwarding");
-            if sysctl::read(&key).as_deref() == Some("0") {
-                let what = format!(
-                    "what comes in by {interface} is not forwarded: its own forwarding is 0"
-                );
-                let finding = Finding::stops("forwarding", what).mend(set(&key, "1"));
-                findings.push(match uplink {
-                    Some(name) => finding.of(name),
-                    None => finding,
-                });
-            }
+    for (interface, uplink) in lans.chain(links) {
+        let key = format!("net/ipv4/conf/{interface}/forwarding");
+        if root.sysctl(&key).as_deref() == Some("0") {
+            let what = format!(
+                "the kernel forwards nothing that comes in by {interface}: {} is 0",
+                dotted(&key)
+            );
+            let finding = Finding::stops("forwarding", what).fix(set(&key, "1"));
+            findings.push(match uplink {
+                Some(name) => finding.of(name),
+                None => finding,
+            });
         }
     }
     findings
@@ -256,44 +237,42 @@ mod tests {
             pair("net/ipv4/ip_forward", "1")
         );
         assert_eq!(
-            read("-net/ipv4/conf/eth1.10/rp_filter=2"),
-            pair("net/ipv4/conf/eth1.10/rp_filter", "2")
+            read("-net/ipv4/conf/eth1.10/forwarding=1"),
+            pair("net/ipv4/conf/eth1.10/forwarding", "1")
         );
         assert_eq!(
-            read("net.ipv4.conf.eth1/10.rp_filter=2"),
-            pair("net/ipv4/conf/eth1.10/rp_filter", "2")
+            read("net.ipv4.conf.eth1/10.forwarding=1"),
+            pair("net/ipv4/conf/eth1.10/forwarding", "1")
         );
         assert_eq!(
-            read("-net.ipv4.conf.all.rp_filter"),
-            pair("net/ipv4/conf/all/rp_filter", "-")
+            read("-net.ipv4.conf.all.forwarding"),
+            pair("net/ipv4/conf/all/forwarding", "-")
         );
     }
 
     #[test]
     fn the_last_line_counts_and_a_pattern_leaves_out_what_is_named() {
-        let line = |line: usize, text: &str| {
-            let (key, value) = assignment(text).expect("an assignment");
-            let path = "/etc/sysctl.d/a.conf".into();
-            Assignment {
-                key,
-                value,
-                path,
-                line,
-            }
+        let setter = |lines: &[&str]| {
+            let lines = (1..).zip(lines).map(|(line, text)| {
+                let (key, value) = assignment(text).expect("an assignment");
+                let path = "/etc/sysctl.d/a.conf".into();
+                Assignment {
+                    key,
+                    value,
+                    path,
+                    line,
+                }
+            });
+            Boot(lines.collect()).forwarding().map(|line| line.line)
         };
-        let boot = Boot(vec![
-            line(1, "net.ipv4.conf.default.rp_filter = 2"),
-            line(2, "net.ipv4.conf.*.rp_filter = 1"),
-            line(3, "-net.ipv4.conf.all.rp_filter"),
-            line(4, "net.ipv4.conf.ppp1.rp_filter = 0"),
-            line(5, "net.ipv4.conf.ppp1.rp_filter = 2"),
-        ]);
-        let setter = |name: &str| {
-            let key = format!("net/ipv4/conf/{name}/rp_filter");
-            boot.setter(&key).map(|setter| setter.line)
-        };
-        assert_eq!(setter("ppp0"), Some(2));
-        assert_eq!(setter("ppp1"), Some(5));
-        assert_eq!(setter("all"), None);
+        let pattern = "net.ipv4.conf.*.forwarding = 0";
+        assert_eq!(setter(&["net.ipv4.ip_forward = 1", pattern]), Some(2));
+        assert_eq!(setter(&[pattern, "net.ipv4.ip_forward = 1"]), Some(2));
+        assert_eq!(
+            setter(&["net.ipv4.conf.all.forwarding = 1", pattern]),
+            Some(1)
+        );
+        assert_eq!(setter(&[pattern, "-net.ipv4.conf.all.forwarding"]), None);
+        assert_eq!(setter(&["net.ipv4.conf.ppp0.forwarding = 0"]), None);
     }
 }

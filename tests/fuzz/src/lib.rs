@@ -7,20 +7,26 @@ use std::fmt::Write;
 use std::net::Ipv4Addr;
 use std::os::unix::ffi::OsStringExt;
 
-use mh_hook::claim::{Addressed, Running};
-use mh_hook::command::Backend;
 use mh_hook::config::{Config, place};
-use mh_hook::conntrack::{self, Flow, Tuple};
-use mh_hook::desired::{Up, desired};
-use mh_hook::event::{self, Direction, Event};
-use mh_hook::explain::Question;
-use mh_hook::link::Link;
-use mh_hook::packet::{Connection, Ground, Hook, Packet, Turn};
-use mh_hook::plan::{Step, plan};
-use mh_hook::request::Request;
-use mh_hook::ruleset::Ruleset;
-use mh_hook::state::{IfName, RouteRule, Share, State, Table, TableId, UplinkName, check_local};
-use mh_hook::{ip as route, iptables as tables, log};
+use mh_hook::inspect::explain::Question;
+use mh_hook::inspect::packet_trace::{Connection, Ground, Hook, Packet, TracedRuleset, Turn};
+use mh_hook::kernel::conntrack::{self, Flow, Tuple};
+use mh_hook::kernel::iptables_save::Ruleset;
+use mh_hook::kernel::link::Link;
+use mh_hook::kernel::observe::Kernel;
+use mh_hook::kernel::tools::Backend;
+use mh_hook::model::link::{LinkState, UplinkLink, check_local};
+use mh_hook::model::names::{IfName, UplinkName};
+use mh_hook::model::netfilter::{self, Table};
+use mh_hook::model::state::State;
+use mh_hook::reconcile::apply::restore_lines;
+use mh_hook::reconcile::desired::{Up, desired};
+use mh_hook::reconcile::diff::{Step, diff};
+use mh_hook::reconcile::dnat;
+use mh_hook::reconcile::event::{self, Direction, Event};
+use mh_hook::reconcile::ownership::Owners;
+use mh_hook::reconcile::request::Request;
+use mh_hook::runtime::log;
 
 /// A configuration file: refused with places within the text, or its entries are read back as they were written.
 pub fn config(data: &[u8]) {
@@ -46,40 +52,41 @@ pub fn config(data: &[u8]) {
     let mut all = State::default();
     for (name, uplink) in &config.uplinks {
         let address = Ipv4Addr::new(203, 0, 113, 10);
-        let interface = uplink.identity.interface.clone();
-        for running in [Running::Yes, Running::NotYet] {
-            let link = Addressed {
-                interface: interface.clone().unwrap_or_else(ppp0),
-                address,
-                addresses: vec![address],
-                running,
-                mtu: Some(1492),
-                strict: Some(1),
-            };
-            let up = Up {
-                name,
-                uplink,
-                link: &link,
-            };
-            all.merge(desired(&config, &up));
+        let link = UplinkLink {
+            interface: uplink.identity.interface.clone().unwrap_or_else(ppp0),
+            address,
+            addresses: vec![address],
+            state: LinkState::Up,
+            mtu: Some(1492),
+        };
+        let up = Up {
+            name,
+            uplink,
+            link: &link,
+        };
+        all.merge(desired(&config, &up));
+        for (_, rule) in uplink.forwards.iter().flat_map(dnat::rules) {
+            assert!(dnat::parse(&rule).is_some(), "{rule:?}");
         }
     }
-    let steps = plan(&State::default(), &all);
+    let steps = diff(&State::default(), &all);
     literal(&steps);
-    assert_eq!(plan(&all, &all), []);
-    assert_eq!(
-        tables::parse(&mut save(&all).as_bytes()).expect("our own rules"),
-        all.tables
-    );
-    let rules: String = all.rules.iter().map(listed).collect();
-    assert_eq!(ours(&rules).rules, all.rules);
-    for name in config.uplinks.keys() {
-        for forward in &config.uplinks[name].forwards {
-            for (_, spec) in mh_hook::chains::dnat(forward) {
-                assert!(tables::dnat(&spec).is_some(), "{spec:?}");
-            }
-        }
+    assert_eq!(diff(&all, &all), []);
+    let read = installed(Some(&config), &save(&all)).expect("our own rules");
+    let (mut read, mut tables) = (read.tables, all.tables);
+    for own in read.values_mut().chain(tables.values_mut()) {
+        own.entries.sort();
     }
+    assert_eq!(read, tables);
+}
+
+/// Our entries in a listing of iptables-save.
+fn installed(config: Option<&Config>, save: &str) -> Option<State> {
+    let kernel = Kernel {
+        ruleset: Ruleset::parse(&save).ok()?,
+        ..Kernel::default()
+    };
+    Some(Owners::new(config, &kernel).installed(&kernel))
 }
 
 fn ppp0() -> IfName {
@@ -91,43 +98,23 @@ fn ppp0() -> IfName {
 pub fn iptables(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     for line in text.lines() {
-        if let Ok(words) = tables::words(line) {
-            let again = tables::words(&tables::join(&words)).expect("what was joined");
+        if let Ok(words) = netfilter::words(line) {
+            let again = netfilter::words(&netfilter::join(&words)).expect("what was joined");
             assert_eq!(words, again);
         }
     }
-    if let Ok(tables) = tables::parse(&mut text.as_bytes()) {
-        let state = State {
-            tables,
-            ..State::default()
-        };
-        assert_eq!(plan(&state, &state), []);
-        let steps = plan(&state, &State::default());
-        literal(&steps);
-        // A kernel declares its chains ahead of their rules; where that is not so, a rule of a chain is somebody's entry.
-        let mut entries = state.tables.values().flat_map(|share| &share.entries);
-        if entries.all(|(chain, _)| UplinkName::of_chain(chain).is_none()) {
-            assert_eq!(
-                tables::parse(&mut save(&state).as_bytes()).expect("our own rules"),
-                state.tables
-            );
-        }
-        for spec in state.tables.values().flat_map(specs) {
-            let _ = (
-                tables::connmark(spec),
-                tables::dnat(spec),
-                tables::interface(spec),
-            );
-            let _ = tables::parse_loose_note(spec);
+    if let Some(state) = installed(None, &text) {
+        assert_eq!(diff(&state, &state), []);
+        literal(&diff(&state, &State::default()));
+        for (key, own) in &state.tables {
+            assert!(key.0 != Table::Filter || own.chains.is_empty(), "{key:?}");
+            for rule in own.rules() {
+                let _ = dnat::parse(rule);
+            }
         }
     }
     walk(&text);
     walk(&text.replace("\n-A ", "\n[3:180] -A "));
-}
-
-fn specs(share: &Share) -> impl Iterator<Item = &mh_hook::state::Rulespec> {
-    let entries = share.entries.iter().map(|(_, spec)| spec);
-    share.rules().chain(entries)
 }
 
 /// The most rules that a packet meets in the listings that are walked.
@@ -135,7 +122,7 @@ const MOST: u64 = 10_000;
 
 /// How many rules a packet can meet in a chain: chains that call each other several times each make many of few.
 fn length(
-    ruleset: &Ruleset,
+    ruleset: &TracedRuleset,
     table: &str,
     chain: &str,
     depth: usize,
@@ -158,7 +145,10 @@ fn length(
 }
 
 fn walk(text: &str) {
-    let ruleset = Ruleset::parse(text);
+    let Ok(ruleset) = Ruleset::parse(&text) else {
+        return;
+    };
+    let ruleset = TracedRuleset::new(&ruleset);
     for (table, chains) in &ruleset.tables {
         let mut known = BTreeMap::new();
         if chains
@@ -221,7 +211,7 @@ fn walk(text: &str) {
 /// What iptables-save would print of this.
 fn save(state: &State) -> String {
     let mut text = String::new();
-    for table in [Table::Mangle, Table::Nat, Table::Filter] {
+    for table in Table::ALL {
         let shares = || state.tables.iter().filter(|((of, _), _)| *of == table);
         let _ = writeln!(text, "*{table}");
         for (_, share) in shares() {
@@ -231,12 +221,12 @@ fn save(state: &State) -> String {
         }
         for (_, share) in shares() {
             for (chain, rules) in &share.chains {
-                for spec in rules.iter() {
-                    let _ = writeln!(text, "-A {chain} {}", spec.0);
+                for rule in rules.iter() {
+                    let _ = writeln!(text, "-A {chain} {rule}");
                 }
             }
-            for (chain, spec) in &share.entries {
-                let _ = writeln!(text, "-A {chain} {}", spec.0);
+            for (chain, rule) in &share.entries {
+                let _ = writeln!(text, "-A {chain} {rule}");
             }
         }
         text.push_str("COMMIT\n");
@@ -249,7 +239,7 @@ fn literal(steps: &[Step]) {
     let mut input = String::new();
     for step in steps {
         input.clear();
-        input += &tables::restore_lines(step);
+        input += &restore_lines(step);
         assert!(
             input.lines().all(|line| line.starts_with([':', '-'])),
             "{input:?}"
@@ -268,7 +258,7 @@ fn literal(steps: &[Step]) {
 
 /// Whether a shell would run nothing but this one command, with these words.
 fn is_literal(command: &str) -> bool {
-    // `echo 2 > /proc/…` is our own.
+    // `echo 1 > /proc/…` is our own.
     let command = command.replace(" > /proc/sys/net/ipv4/conf/", " ");
     let mut quoted = false;
     let mut chars = command.chars();
@@ -283,79 +273,6 @@ fn is_literal(command: &str) -> bool {
         }
     }
     !quoted
-}
-
-static ALL: String = String::new();
-
-/// What `ip` lists and answers.
-pub fn ip(data: &[u8]) {
-    let text = String::from_utf8_lossy(data);
-    for (number, words) in route::failures(&text) {
-        assert!(number == 0 || text.contains("Command failed -:"), "{words}");
-    }
-    let _ = route::way(&text);
-    let survey = route::survey(&text);
-    let lines = text.lines().count();
-    assert!(survey.rules.len() + survey.routes.len() <= lines);
-    for listed in &survey.rules {
-        assert!(!listed.text.contains('\n'));
-    }
-    let state = ours(&text);
-    // Only a name, behind `iif`, can be any word.
-    let word = |rule: &&RouteRule| {
-        rule.from.as_ref().is_none_or(|from| from != "proto")
-            && !rule.rest.contains(&"proto".into())
-    };
-    for rule in state.rules.iter().filter(word) {
-        let again = ours(&listed(rule));
-        assert!(again.rules.contains(rule), "{rule:?}: {again:?}");
-    }
-    assert_eq!(plan(&state, &state), []);
-    for step in plan(&state, &State::default()) {
-        assert_eq!(step.changes().len(), 1);
-        // What is not a name has no odd characters in a kernel's listing.
-        let place = match &step {
-            Step::Route(_, route) => &route.destination,
-            Step::RouteRule(_, rule) => rule.from.as_ref().unwrap_or(&ALL),
-            _ => continue,
-        };
-        if is_literal(place) {
-            literal(&[step]);
-        }
-    }
-}
-
-/// The routes and rules of ours in a listing.
-fn ours(listing: &str) -> State {
-    let route::Survey { rules, routes } = route::survey(listing);
-    let rules = rules.into_iter().filter(|listed| listed.is_ours);
-    let routes = routes.into_iter().filter(|listed| listed.is_ours);
-    State {
-        rules: rules.map(|listed| listed.entry).collect(),
-        routes: routes.map(|listed| listed.entry).collect(),
-        ..State::default()
-    }
-}
-
-/// `99:<tab>from all iif eth1 fwmark 0xa/0xff lookup 10 proto 109`
-fn listed(rule: &RouteRule) -> String {
-    let mut text = format!("{}:\t", rule.priority);
-    for word in &rule.rest {
-        let _ = write!(text, "{word} ");
-    }
-    let _ = write!(text, "from {}", rule.from.as_deref().unwrap_or("all"));
-    if let Some(iif) = &rule.iif {
-        let _ = write!(text, " iif {iif}");
-    }
-    if let Some(fwmark) = &rule.fwmark {
-        let _ = write!(text, " fwmark {fwmark}");
-    }
-    let TableId(table) = rule.table;
-    let _ = write!(text, " lookup {table}");
-    if let Some(length) = rule.suppress_prefixlength {
-        let _ = write!(text, " suppress_prefixlength {length}");
-    }
-    text + " proto 109\n"
 }
 
 /// What `conntrack -L` lists: what deletes some of it deletes none of the rest.

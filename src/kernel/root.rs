@@ -1,0 +1,157 @@
+//! The folder that files of the system are read below: `/`, or in a test a folder that stands for it. Paths go in and come
+//! out as the system has them (`/etc/ppp/peers`), and symbolic links lead to places below the folder.
+
+use std::ffi::OsString;
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Component, Path, PathBuf};
+
+/// As many symbolic links as the kernel follows in one path (`MAXSYMLINKS`, linux/namei.h).
+const MAX_LINKS: usize = 40;
+
+/// The root folder.
+#[derive(Clone, Debug)]
+pub struct Root {
+    folder: PathBuf,
+    /// The user whom system files belong to.
+    pub owner: u32,
+}
+
+impl Root {
+    /// The system's own.
+    pub fn system() -> Self {
+        Self {
+            folder: "/".into(),
+            owner: 0,
+        }
+    }
+
+    /// A folder that stands for `/`; whoever owns it stands for root.
+    pub fn at(folder: &Path) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            owner: fs::metadata(folder).map_or(0, |metadata| metadata.uid()),
+        }
+    }
+
+    /// The path behind all symbolic links; none where nothing is there.
+    pub fn canonical(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
+        let mut rest = names(path.as_ref());
+        let mut path = PathBuf::from("/");
+        let mut links = 0;
+        while let Some(name) = rest.pop() {
+            if name == "/" {
+                path = "/".into();
+            } else if name == ".." {
+                path.pop();
+            } else if let Ok(target) = fs::read_link(self.place(&path.join(&name))) {
+                links += 1;
+                if links > MAX_LINKS {
+                    return None;
+                }
+                rest.extend(names(&target));
+            } else {
+                path.push(name);
+            }
+        }
+        self.place(&path).exists().then_some(path)
+    }
+
+    /// The path by which this process reaches a file, behind all symbolic links.
+    pub fn reach(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
+        Some(self.place(&self.canonical(path)?))
+    }
+
+    /// The path by which this process reaches a file, where no link on the way leads out of the folder.
+    pub fn place(&self, path: &Path) -> PathBuf {
+        self.folder.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// What `stat` says of the file that a path leads to.
+    pub fn metadata(&self, path: impl AsRef<Path>) -> Option<Metadata> {
+        fs::metadata(self.reach(path)?).ok()
+    }
+
+    /// Whether a path leads to something.
+    pub fn exists(&self, path: impl AsRef<Path>) -> bool {
+        self.canonical(path).is_some()
+    }
+
+    /// Whether the path itself is a symbolic link, wherever that leads.
+    pub fn is_symlink(&self, path: &str) -> bool {
+        self.place(Path::new(path)).is_symlink()
+    }
+
+    /// The text of a regular file; none where there is none, or it can't be read.
+    pub fn read(&self, path: impl AsRef<Path>) -> Option<String> {
+        let place = self.reach(path)?;
+        // Opening a fifo would wait for a writer.
+        if !place.is_file() {
+            return None;
+        }
+        let bytes = fs::read(place).ok()?;
+        Some(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// The paths of what a folder holds, by name; none where there is no such folder.
+    pub fn list(&self, folder: impl AsRef<Path>) -> Vec<PathBuf> {
+        let folder = folder.as_ref();
+        let entries = self
+            .reach(folder)
+            .and_then(|place| fs::read_dir(place).ok());
+        let entries = entries.into_iter().flatten().flatten();
+        let mut paths: Vec<PathBuf> = entries
+            .map(|entry| folder.join(entry.file_name()))
+            .collect();
+        paths.sort();
+        paths
+    }
+
+    /// The value of a kernel parameter, by its path below /proc/sys; none where the kernel has no such parameter.
+    pub fn sysctl(&self, path: &str) -> Option<String> {
+        let value = self.read(Path::new("/proc/sys").join(path))?;
+        Some(value.trim().to_owned())
+    }
+}
+
+/// The names of a path, the last first: `/` at its beginning, and `..`, are names here.
+fn names(path: &Path) -> Vec<OsString> {
+    let names = path.components().filter_map(|component| match component {
+        Component::RootDir => Some("/".into()),
+        Component::ParentDir => Some("..".into()),
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::CurDir | Component::Prefix(_) => None,
+    });
+    names.rev().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn symbolic_links_stay_below_the_root() {
+        let folder = std::env::temp_dir().join(format!("mh-hook-root-{}", std::process::id()));
+        let make = |path: &str| {
+            let path = folder.join(path);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("its folder");
+            path
+        };
+        fs::write(make("usr/lib/a.conf"), "a = 1\n").expect("a file");
+        symlink("/usr/lib/a.conf", make("etc/by-root")).expect("a link");
+        symlink("../../../../usr/lib", make("etc/by-parents")).expect("a link");
+        symlink("/etc/passwd", make("etc/away")).expect("a link");
+        symlink("circle", make("etc/circle")).expect("a link");
+        let root = Root::at(&folder);
+        assert_eq!(root.read("/etc/by-root").as_deref(), Some("a = 1\n"));
+        let path = "/etc/by-parents/a.conf";
+        assert_eq!(root.canonical(path), Some("/usr/lib/a.conf".into()));
+        assert_eq!(root.list("/etc/by-parents"), [Path::new(path)]);
+        for path in ["/etc/away", "/etc/circle", "/etc/none", "/usr/lib"] {
+            assert_eq!(root.read(path), None, "{path}");
+        }
+        fs::remove_dir_all(&folder).expect("removed");
+    }
+}
