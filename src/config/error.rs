@@ -1,16 +1,16 @@
-//! What is wrong with a configuration, each problem with its place.
+//! The problems of a configuration, each with its place in the file.
 
 use std::fmt;
 use std::path::PathBuf;
 
 use toml_spanner::Span;
 
-/// One thing wrong with the configuration.
+/// One problem of a configuration.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Its place, in bytes.
+    /// The byte offset in the text.
     pub at: usize,
-    /// What it is, and what would be right.
+    /// What is wrong, and what would be right.
     pub message: String,
 }
 
@@ -23,7 +23,7 @@ impl Problem {
     }
 }
 
-/// All that is wrong with a configuration file.
+/// All problems of a configuration file.
 #[derive(Debug)]
 pub struct Errors {
     pub(super) path: PathBuf,
@@ -32,7 +32,7 @@ pub struct Errors {
 }
 
 impl Errors {
-    /// One line for each: file, line, column (both from 1, in characters), message.
+    /// One line for each problem: file, line, column (as in [`place`]), message.
     pub fn lines(&self) -> impl Iterator<Item = String> {
         self.problems.iter().map(|problem| {
             let (line, column) = place(&self.text, problem.at);
@@ -53,9 +53,9 @@ impl fmt::Display for Errors {
 
 impl std::error::Error for Errors {}
 
-/// Line and column, both from 1, the column in characters.
+/// The line and column at a byte offset, both counted from 1, the column in characters.
 pub fn place(text: &str, offset: usize) -> (usize, usize) {
-    let ahead = text.get(..offset).unwrap_or(text);
-    let line = ahead.rsplit('\n').next().unwrap_or(ahead);
-    (ahead.matches('\n').count() + 1, line.chars().count() + 1)
+    let before = text.get(..offset).unwrap_or(text);
+    let line = before.rsplit('\n').next().unwrap_or(before);
+    (before.matches('\n').count() + 1, line.chars().count() + 1)
 }

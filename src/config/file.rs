@@ -1,4 +1,4 @@
-//! The configuration file: who may have written it.
+//! Reads the configuration file, if only root can have written it.
 
 use std::fs::File;
 use std::io::Read;
@@ -15,7 +15,7 @@ use super::error::{Errors, place};
 /// The largest configuration that is read, in bytes: 10,000 forwards take less than one MiB.
 const MAX_SIZE: u64 = 2 << 20;
 
-/// The text of a configuration that can be trusted.
+/// The text of a configuration file that only root can have written.
 #[derive(Debug)]
 pub struct Source {
     path: PathBuf,
@@ -26,17 +26,17 @@ impl Source {
     /// Reads the file.
     ///
     /// # Errors
-    /// Why it can't be read or trusted.
+    /// It can't be read, or somebody else than root can have written it.
     pub fn read(path: &Path) -> Result<Self> {
         let text = read(path).with_context(|| format!("configuration {}", path.display()))?;
         let path = path.to_owned();
         Ok(Self { path, text })
     }
 
-    /// The configuration in it.
+    /// Parses the text.
     ///
     /// # Errors
-    /// [`Errors`] where it does not hold.
+    /// [`Errors`], with all problems.
     pub fn config(self) -> Result<Config> {
         let Self { path, text } = self;
         Config::parse(&text).map_err(|problems| {
@@ -50,8 +50,8 @@ impl Source {
     }
 }
 
-/// The file's text, if nobody but root can have written it: it decides what runs as root. File and
-/// folder are checked on the open descriptors, so that neither can be exchanged in between.
+/// The file's text, if only root can have written it: it decides what root runs. The file and its folder are checked on
+/// the open descriptors, so that neither can be replaced between check and use.
 fn read(path: &Path) -> Result<String> {
     let name = path.file_name().context("is not a file's name")?;
     let dir_path = path
@@ -61,8 +61,9 @@ fn read(path: &Path) -> Result<String> {
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     let dir = open(dir_path, flags | OFlag::O_DIRECTORY, Mode::empty())
         .with_context(|| format!("open folder {}", dir_path.display()))?;
-    trusted(&dir, SFlag::S_IFDIR).with_context(|| format!("folder {}", dir_path.display()))?;
-    // O_NONBLOCK: a fifo must not make us wait for its writer.
+    check_trusted(&dir, SFlag::S_IFDIR)
+        .with_context(|| format!("folder {}", dir_path.display()))?;
+    // O_NONBLOCK: opening a fifo must not wait for a writer.
     let file = openat(
         &dir,
         name,
@@ -76,7 +77,7 @@ fn read(path: &Path) -> Result<String> {
             _ => "open",
         })
     })?;
-    let stat = trusted(&file, SFlag::S_IFREG)?;
+    let stat = check_trusted(&file, SFlag::S_IFREG)?;
     ensure!(
         u64::try_from(stat.st_size).is_ok_and(|size| size <= MAX_SIZE),
         "is larger than {MAX_SIZE} bytes"
@@ -88,16 +89,17 @@ fn read(path: &Path) -> Result<String> {
         .context("read")?;
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
-        let ahead = String::from_utf8_lossy(&error.as_bytes()[..valid]).into_owned();
-        let (line, column) = place(&ahead, valid);
+        let before = String::from_utf8_lossy(&error.as_bytes()[..valid]).into_owned();
+        let (line, column) = place(&before, valid);
         anyhow::anyhow!("line {line}, column {column}: is not UTF-8")
     })
 }
 
-fn trusted(fd: impl AsFd, kind: SFlag) -> Result<FileStat> {
+/// Fails unless the open file is of this kind, root's, and writable by nobody else.
+fn check_trusted(fd: impl AsFd, kind: SFlag) -> Result<FileStat> {
     let stat = fstat(fd).context("fstat")?;
-    let is = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
-    ensure!(is == kind, "is not a regular file");
+    let found = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    ensure!(found == kind, "is not a regular file");
     ensure!(
         stat.st_uid == 0,
         "belongs to user {}, not to root: chown root it",

@@ -1,4 +1,4 @@
-//! The configuration: what it asks for, as types that can't be wrong. Knows neither kernel nor event.
+//! The configuration, as types that only hold valid values. Knows neither the kernel nor events.
 
 mod error;
 mod file;
@@ -19,75 +19,73 @@ use crate::model::forward::Forward;
 use crate::model::names::{IfName, UplinkName};
 use crate::model::route::{FwMark, TableId};
 
-/// Where the configuration stands unless `--config` says otherwise.
+/// The configuration file without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/mh-hook.toml";
 
-/// A configuration that holds.
+/// A valid configuration.
 #[derive(Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the types say it")]
 pub struct Config {
-    /// Where the servers are.
     pub lan: Lan,
-    /// The bits of packet and connection mark that are ours.
+    /// The bits of packet and connection marks that are ours.
     pub mask: u32,
-    /// The priorities of our routing rules.
     pub priority: Priority,
-    /// The ways out, by name.
     pub uplinks: BTreeMap<UplinkName, Uplink>,
 }
 
 /// The LAN side of the router.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Lan {
-    /// Interfaces by which replies of LAN servers come in.
+    /// The interfaces that LAN hosts are behind.
     pub interfaces: Vec<IfName>,
-    /// Prefixes that masquerade hides.
+    /// The addresses of LAN hosts: their traffic is masqueraded.
     pub networks: Vec<Ipv4Network>,
 }
 
-/// Priorities of `ip rule`, smaller asked first.
+/// The priorities of our ip rules. The kernel tries the lowest number first.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Priority {
-    /// An uplink's address talks to the LAN directly.
+    /// Rules that send what goes from an uplink's address to the LAN by the main table.
     pub local: u32,
-    /// Connections go back by the uplink that they came by.
+    /// Rules that send replies by the uplink that the connection came in by.
     pub mark: u32,
-    /// An uplink's address leaves by its link.
+    /// Rules that send what comes from an uplink's address by that uplink.
     pub source: u32,
-    /// The connections of pinned LAN hosts leave by their uplink.
+    /// Rules that send the connections of pinned LAN hosts by their uplink.
     pub pin: u32,
 }
 
-/// One configured way out.
+/// One configured uplink.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Uplink {
-    /// By what it is known.
+    /// How its link is recognized.
     pub identity: Identity,
-    /// Its routing table and connection mark; without them it only masquerades.
+    /// The routing table and mark. None if the uplink only masquerades.
     pub routing: Option<Routing>,
-    /// Whether LAN traffic that leaves by it takes its address.
+    /// Whether LAN traffic that leaves by the uplink gets its address.
     pub masquerade: bool,
-    /// Whether LAN hosts reach the forwards by the uplink's address.
+    /// Whether LAN hosts, too, reach the forwards at the uplink's address.
     pub hairpin: bool,
-    /// Whether the TCP segments that pass the link are held to its MTU.
+    /// Whether the MSS of TCP connections through the link is clamped to the path MTU.
     pub clamp_mss: bool,
-    /// Whether the filter table's FORWARD lets the forwarded connections pass.
+    /// Whether the filter table's FORWARD chain gets rules that accept the forwarded connections.
     pub accept_forward: bool,
-    /// LAN sources whose own connections always leave by it.
+    /// LAN sources whose own connections leave by this uplink only.
     pub pin: Vec<Ipv4Network>,
-    /// Its port forwards, in the order of the file.
+    /// The port forwards, in the order of the file.
     pub forwards: Vec<Forward>,
 }
 
-/// What sends a connection's replies back by the uplink it came by.
+/// What sends the replies of a connection by the uplink that it came in by.
 #[derive(Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the types say it")]
 pub struct Routing {
-    /// The uplink's routing table.
     pub table: TableId,
-    /// The mark of its connections.
+    /// The mark of the uplink's connections.
     pub mark: FwMark,
 }
 
-/// By what an uplink is known in pppd's calls: all that are given must match, and one is.
+/// How an uplink is recognized in pppd's calls: at least one of these is given, and all that are given must match.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     /// The interface's name.
@@ -101,17 +99,17 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Whether all that is given here is so there.
+    /// Whether a call has all that is given here.
     pub fn matches(&self, call: &Self) -> bool {
         let fits =
-            |ours: &Option<String>, theirs: &Option<String>| ours.is_none() || ours == theirs;
+            |given: &Option<String>, called: &Option<String>| given.is_none() || given == called;
         (self.interface.is_none() || self.interface == call.interface)
             && fits(&self.ipparam, &call.ipparam)
             && fits(&self.linkname, &call.linkname)
             && fits(&self.peer, &call.peer)
     }
 
-    /// The interface, where it alone tells which link this is.
+    /// The interface, if nothing else is given.
     pub fn interface_alone(&self) -> Option<&IfName> {
         let Self {
             interface,
@@ -130,20 +128,20 @@ impl Config {
     /// Reads and parses the file.
     ///
     /// # Errors
-    /// Those of [`Source::read`] and [`Source::config`].
+    /// As [`Source::read`] and [`Source::config`].
     pub fn load(path: &Path) -> Result<Self> {
         Source::read(path)?.config()
     }
 
-    /// The configuration in this text.
+    /// Parses the text of a configuration.
     ///
     /// # Errors
-    /// All that is wrong, in the order of the text.
+    /// All problems, in the order of the text.
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
         parse::parse(text)
     }
 
-    /// The uplinks that a call is for.
+    /// The uplinks whose identity matches a call.
     pub fn matching(&self, call: &Identity) -> Vec<&UplinkName> {
         let matching = self
             .uplinks

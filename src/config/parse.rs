@@ -1,10 +1,11 @@
-//! The text of a configuration as [`Config`], with everything that is wrong in it.
+//! Parses the text of a configuration, and finds all of its problems at once.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
 use anyhow::{Context, Result};
+use ipnetwork::Ipv4Network;
 use toml_spanner::{Arena, Array, Item, Key, Span, Table, parse_recoverable};
 
 use super::error::Problem;
@@ -14,16 +15,16 @@ use crate::model::forward::{Forward, Protocol, overlapping};
 use crate::model::names::{IfName, UplinkName};
 use crate::model::route::{FwMark, TableId};
 
-/// How many problems are told: a file with more than these is no configuration.
+/// How many problems are reported.
 const MAX_PROBLEMS: usize = 100;
 
-/// How many uplinks there may be: each is compared with each other.
+/// How many uplinks there may be: each one is compared with all others.
 const MAX_UPLINKS: usize = 500;
 
-/// The configuration in a text.
+/// Parses the text of a configuration.
 ///
 /// # Errors
-/// All that is wrong, in the order of the text.
+/// All problems, in the order of the text.
 pub fn parse(text: &str) -> Result<Config, Vec<Problem>> {
     let arena = Arena::new();
     let document = parse_recoverable(text, &arena);
@@ -36,11 +37,18 @@ pub fn parse(text: &str) -> Result<Config, Vec<Problem>> {
     if !reader.is_broken && reader.problems.is_empty() {
         return Ok(config);
     }
-    // The parser went on after a mistake as well as it could: of what it makes of a broken line only
-    // the first is its writer's.
+    Err(reported(text, syntax, reader.problems))
+}
+
+/// The problems to report, in the order of the text. After a syntax error the parser goes on as well as it can. So of a
+/// line with a syntax error, only the first one is reported: the others may be consequences.
+fn reported(
+    text: &str,
+    syntax: &[toml_spanner::Error],
+    mut problems: Vec<Problem>,
+) -> Vec<Problem> {
     let starts: Vec<usize> = text.match_indices('\n').map(|(at, _)| at).collect();
     let line = |problem: &Problem| starts.partition_point(|at| *at < problem.at);
-    let mut problems = reader.problems;
     let mut broken = BTreeMap::new();
     for error in syntax {
         let problem = Problem::new(error.span(), error.message(text));
@@ -52,16 +60,16 @@ pub fn parse(text: &str) -> Result<Config, Vec<Problem>> {
     let more = problems.split_off(problems.len().min(MAX_PROBLEMS));
     let others = more.len().saturating_sub(1);
     if let Some(Problem { at, message }) = more.into_iter().next() {
-        let message = format!("{message}; and {others} more like these");
+        let message = format!("{message}; and {others} more problems");
         problems.push(Problem { at, message });
     }
-    Err(problems)
+    problems
 }
 
-/// Between those of the local table and of main (`ip-rule(8)`).
+/// Between the priorities of the rules for the local and the main table (`ip-rule(8)`).
 const PRIORITIES: RangeInclusive<u64> = 1..=32765;
 
-/// A table's name, as the messages have it, and its keys.
+/// The name of a table in messages, and its keys.
 type Keys = (&'static str, &'static [&'static str]);
 
 const FILE: Keys = ("the file", &["lan", "mark", "priority", "uplink"]);
@@ -87,12 +95,12 @@ const UPLINK: Keys = (
 );
 const FORWARD: Keys = ("a forward", &["proto", "port", "to", "from"]);
 
-/// All tables.
+/// All tables with their keys.
 pub const KEYS: [Keys; 6] = [FILE, LAN, MARK, PRIORITY, UPLINK, FORWARD];
 
-/// Walks the parsed document and collects what is wrong, so that one run shows all of it.
+/// Reads the parsed document, and collects the problems.
 struct Reader {
-    /// Whether the parser has left out a part, and what follows a header that it left out stands elsewhere.
+    /// Whether there was a syntax error. Then parts of the document are missing, and others can be in the wrong table.
     is_broken: bool,
     problems: Vec<Problem>,
 }
@@ -102,28 +110,28 @@ impl Reader {
         self.problems.push(Problem::new(span, message));
     }
 
-    /// A problem, unless what is missing may stand in what the parser left out.
+    /// Adds a problem, unless a syntax error may be why something is missing.
     fn missing(&mut self, span: Span, what: &str) {
         if !self.is_broken {
             self.problem(span, format!("missing {what}"));
         }
     }
 
-    /// The value, or a problem at its place.
+    /// The value. If it is an error, adds a problem.
     fn take<T>(&mut self, span: Span, value: Result<T>) -> Option<T> {
         value
             .map_err(|error| self.problem(span, format!("{error:#}")))
             .ok()
     }
 
-    /// A problem for each key that is none of these.
-    fn known(&mut self, table: &Table, (place, keys): Keys) {
+    /// Adds a problem for each key that is not in the list.
+    fn check_keys(&mut self, table: &Table, (place, keys): Keys) {
         let unknown = table.iter().filter(|(key, _)| !keys.contains(&key.name));
         for (Key { name, span }, _) in unknown {
             let known = keys.join(", ");
             self.problem(
                 *span,
-                format!("unknown key {name:?} in {place}; there are {known}"),
+                format!("unknown key {name:?} in {place}; its keys are {known}"),
             );
         }
     }
@@ -139,7 +147,7 @@ impl Reader {
 
     fn config(&mut self, root: &Table) -> Config {
         if !self.is_broken {
-            self.known(root, FILE);
+            self.check_keys(root, FILE);
         }
         let lan = self.lan(root);
         let mask = self.mask(root);
@@ -166,30 +174,8 @@ impl Reader {
                 uplinks.insert(name, uplink);
             }
         }
-        if root
-            .get("uplink")
-            .is_some_and(|value| value.as_table().is_some_and(|t| !t.is_empty()))
-        {
-            for (key, none) in [
-                ("interfaces", lan.interfaces.is_empty()),
-                ("networks", lan.networks.is_empty()),
-            ] {
-                let written = root
-                    .get("lan")
-                    .and_then(Item::as_table)
-                    .is_some_and(|l| l.contains_key(key));
-                if none && !written {
-                    let place = root
-                        .get_key_value("lan")
-                        .map_or(Span::default(), |(key, _)| key.span);
-                    self.missing(
-                        place,
-                        &format!("key {key} in [lan]: required once there is an uplink"),
-                    );
-                }
-            }
-        }
-        self.unique(&places, &uplinks, &lan);
+        self.require_lan(root);
+        self.check_uplinks(&places, &uplinks, &lan);
         Config {
             lan,
             mask,
@@ -198,11 +184,29 @@ impl Reader {
         }
     }
 
+    /// Adds a problem for each key of the LAN that is missing, if there is an uplink.
+    fn require_lan(&mut self, root: &Table) {
+        let uplinks = root.get("uplink").and_then(Item::as_table);
+        if uplinks.is_none_or(|uplinks| uplinks.is_empty()) {
+            return;
+        }
+        let (place, lan) = match root.get_key_value("lan") {
+            Some((key, value)) => (key.span, value.as_table()),
+            None => (Span::default(), None),
+        };
+        for key in LAN.1 {
+            if lan.is_none_or(|lan| !lan.contains_key(key)) {
+                let what = format!("key {key} in [lan]: required once there is an uplink");
+                self.missing(place, &what);
+            }
+        }
+    }
+
     fn lan(&mut self, root: &Table) -> Lan {
         let Some(table) = self.table(root, "lan") else {
             return Lan::default();
         };
-        self.known(table, LAN);
+        self.check_keys(table, LAN);
         let interfaces = self.list(
             table,
             "interfaces",
@@ -221,7 +225,7 @@ impl Reader {
         let Some(table) = self.table(root, "mark") else {
             return DEFAULT;
         };
-        self.known(table, MARK);
+        self.check_keys(table, MARK);
         self.integer(table, "mask", 1..=u32::MAX.into())
             .unwrap_or(DEFAULT)
     }
@@ -236,7 +240,7 @@ impl Reader {
         let Some(table) = self.table(root, "priority") else {
             return priority;
         };
-        self.known(table, PRIORITY);
+        self.check_keys(table, PRIORITY);
         let keys = [
             ("local", &mut priority.local),
             ("mark", &mut priority.mark),
@@ -249,7 +253,7 @@ impl Reader {
             }
         }
         if !table.contains_key("pin") {
-            // Whoever moves the others need not know of pins.
+            // A file that only sets the others must be valid without a word of pins.
             priority.pin = priority.pin.max(priority.mark + 1);
         }
         let Priority {
@@ -258,12 +262,13 @@ impl Reader {
             source,
             pin,
         } = priority;
-        // The LAN is nearer than any uplink, and a connection's own way back comes before its host's.
+        // Traffic to the LAN must not go to an uplink; a reply goes by its connection's uplink, even if its host is pinned
+        // to another one.
         if let Some((key, _)) = table.iter().next()
             && !(local < mark && local < source && mark < pin)
         {
             let message = format!(
-                "local must come ahead of mark, source and pin, and mark ahead of pin; \
+                "local must be less than mark, source and pin, and mark less than pin; \
                  local is {local}, mark {mark}, source {source}, pin {pin}"
             );
             self.problem(key.span, message);
@@ -272,9 +277,8 @@ impl Reader {
     }
 
     fn uplink(&mut self, name: &Key, table: &Table, mask: u32) -> Option<Uplink> {
-        let place = format!("[uplink.{}]", name.name);
-        self.known(table, UPLINK);
-        let identity = self.identity(name, table, &place);
+        self.check_keys(table, UPLINK);
+        let identity = self.identity(name, table);
         let pin = self.list(
             table,
             "pin",
@@ -283,43 +287,10 @@ impl Reader {
         );
         let masquerade = self.boolean(table, "masquerade").unwrap_or(true);
         let forwards = self.forwards(table);
-        let id = self.table_id(table);
-        if table.get("table").is_none() {
-            for needs in ["forward", "mark", "pin"] {
-                let Some((key, _)) = table.get_key_value(needs) else {
-                    continue;
-                };
-                self.missing(
-                    key.span,
-                    &format!(
-                        "key table in {place}: {needs} needs a routing table of its own: table = 10"
-                    ),
-                );
-            }
-        }
-        let mark = match table.get("mark") {
-            Some(_) => self.integer(table, "mark", 1..=u32::MAX.into()),
-            None => id.map(|TableId(id)| id),
-        };
-        if let Some(mark) = mark
-            && mark & !mask != 0
-        {
-            let at = table
-                .get("mark")
-                .or(table.get("table"))
-                .map_or(name.span, Item::span);
-            let (low, high) = (1u32 << mask.trailing_zeros(), mask);
-            self.problem(
-                at,
-                format!("mark {mark} does not fit the mask {mask:#x}: give mark = {low} to {high} within it, or widen [mark] mask"),
-            );
-        }
+        let routing = self.routing(name, table, mask);
         Some(Uplink {
             identity: identity?,
-            routing: id.zip(mark).map(|(table, value)| Routing {
-                table,
-                mark: FwMark { value, mask },
-            }),
+            routing,
             masquerade,
             hairpin: self.boolean(table, "hairpin").unwrap_or(true),
             clamp_mss: self.boolean(table, "clamp-mss").unwrap_or(true),
@@ -329,7 +300,39 @@ impl Reader {
         })
     }
 
-    fn identity(&mut self, name: &Key, table: &Table, place: &str) -> Option<Identity> {
+    /// The routing table and mark. None if the table is not given, which is a problem if another key needs it.
+    fn routing(&mut self, name: &Key, table: &Table, mask: u32) -> Option<Routing> {
+        let id = self.table_id(table);
+        if table.get("table").is_none() {
+            for needs in ["forward", "mark", "pin"] {
+                let Some((key, _)) = table.get_key_value(needs) else {
+                    continue;
+                };
+                let what = format!(
+                    "key table in [uplink.{}]: {needs} needs a routing table of its own: table = 10",
+                    name.name
+                );
+                self.missing(key.span, &what);
+            }
+        }
+        let given = table.get("mark");
+        let mark = match given {
+            Some(_) => self.integer(table, "mark", 1..=u32::MAX.into()),
+            None => id.map(|TableId(id)| id),
+        }?;
+        if mark & !mask != 0 {
+            let at = given.or(table.get("table")).map_or(name.span, Item::span);
+            let (low, high) = (1u32 << mask.trailing_zeros(), mask);
+            let message = format!(
+                "mark {mark} does not fit the mask {mask:#x}: give mark = {low} to {high} within it, or widen [mark] mask"
+            );
+            self.problem(at, message);
+        }
+        let mark = FwMark { value: mark, mask };
+        Some(Routing { table: id?, mark })
+    }
+
+    fn identity(&mut self, name: &Key, table: &Table) -> Option<Identity> {
         let string = |value: &Item| {
             let text = value
                 .as_str()
@@ -360,8 +363,9 @@ impl Reader {
             .any(|key| table.contains_key(key))
         {
             let what = format!(
-                "interface in {place}: say which link this is by interface, ipparam, linkname or peer: \
-                 interface = \"ppp0\""
+                "interface in [uplink.{}]: say which link this is by interface, ipparam, linkname or peer: \
+                 interface = \"ppp0\"",
+                name.name
             );
             self.missing(name.span, &what);
         }
@@ -406,14 +410,14 @@ impl Reader {
         }
         for (later, earlier) in overlapping(&forwards) {
             let earlier = &forwards[earlier];
-            let message = format!("overlaps the forward of {earlier} above it");
+            let message = format!("overlaps the forward {earlier} above it");
             self.problem(places[later], message);
         }
         forwards
     }
 
     fn forward(&mut self, item: &Item, table: &Table) -> Option<Forward> {
-        self.known(table, FORWARD);
+        self.check_keys(table, FORWARD);
         let protocols = match table.get("proto") {
             None => Some(Cow::Borrowed(&[Protocol::Tcp][..])),
             Some(value) => self.protocols(value).map(Cow::Owned),
@@ -429,21 +433,7 @@ impl Reader {
                 None
             }
         };
-        let from = self.list(
-            table,
-            "from",
-            "source prefixes: [\"198.51.100.0/24\"]",
-            address_or_prefix,
-        );
-        if from.is_empty()
-            && let Some(value) = table.get("from")
-            && value.as_array().is_some_and(|list| list.is_empty())
-        {
-            self.problem(
-                value.span(),
-                "an empty from lets nobody in; leave it out to let everybody in",
-            );
-        }
+        let from = self.sources(table);
         let (protocols, ports, (to, to_port)) = (protocols?, ports?, to?);
         let portless =
             protocols.is_empty() || !protocols.iter().all(|protocol| protocol.has_ports());
@@ -458,7 +448,7 @@ impl Reader {
             let span = table.get("to").map_or(item.span(), Item::span);
             self.problem(
                 span,
-                "a port in to goes with one port: several keep theirs, so give an address alone",
+                "to can have a port if port is a single one; several ports stay as they are, so give the address alone",
             );
         }
         Some(Forward {
@@ -470,7 +460,19 @@ impl Reader {
         })
     }
 
-    /// The protocols; none for any.
+    /// The sources that may use a forward. Empty if `from` is not given, for all.
+    fn sources(&mut self, table: &Table) -> Vec<Ipv4Network> {
+        let what = "source prefixes: [\"198.51.100.0/24\"]";
+        if let Some(value) = table.get("from")
+            && value.as_array().is_some_and(|list| list.is_empty())
+        {
+            let message = "an empty from lets nobody in; leave it out to let everybody in";
+            self.problem(value.span(), message);
+        }
+        self.list(table, "from", what, address_or_prefix)
+    }
+
+    /// The protocols. Empty for "any".
     fn protocols(&mut self, value: &Item) -> Option<Vec<Protocol>> {
         let list = value.as_array();
         let names = list.map_or(std::slice::from_ref(value), Array::as_slice);
@@ -486,8 +488,8 @@ impl Reader {
             let known = Protocol::parse(text);
             let message = match known {
                 _ if text == "any" && list.is_none() => return Some(Vec::new()),
-                _ if text == "any" => "\"any\" stands alone: proto = \"any\"",
-                Some(protocol) if protocols.contains(&protocol) => "stands twice in proto",
+                _ if text == "any" => "\"any\" can't be in a list; write proto = \"any\"",
+                Some(protocol) if protocols.contains(&protocol) => "is listed twice in proto",
                 Some(protocol) => {
                     protocols.push(protocol);
                     continue;
@@ -501,7 +503,7 @@ impl Reader {
         Some(protocols).filter(|protocols| !protocols.is_empty())
     }
 
-    /// A list of strings, each parsed; a problem for each that is not, and for doubles.
+    /// A list of parsed strings. Adds a problem for each that can't be parsed, and for duplicates.
     fn list<T: PartialEq>(
         &mut self,
         table: &Table,
@@ -526,7 +528,7 @@ impl Reader {
                 continue;
             };
             if list.contains(&parsed) {
-                self.problem(item.span(), format!("stands twice in {key}"));
+                self.problem(item.span(), format!("is listed twice in {key}"));
             }
             list.push(parsed);
         }
@@ -558,8 +560,9 @@ impl Reader {
         integer.and_then(|number| u32::try_from(number).ok())
     }
 
-    /// Tables, marks and interfaces must tell uplinks apart.
-    fn unique(
+    /// Adds a problem for each pair of uplinks that have in common what must be different, and for each uplink that
+    /// contradicts the LAN.
+    fn check_uplinks(
         &mut self,
         places: &[(UplinkName, Span)],
         uplinks: &BTreeMap<UplinkName, Uplink>,
@@ -567,56 +570,53 @@ impl Reader {
     ) {
         for (index, (name, span)) in places.iter().enumerate() {
             let uplink = &uplinks[name];
-            if let Some(interface) = &uplink.identity.interface
-                && lan.interfaces.contains(interface)
-            {
-                self.problem(
-                    *span,
-                    format!("interface {interface} of {name} is one of [lan] interfaces too"),
-                );
-            }
-            for pin in uplink.pin.iter().filter(|pin| {
-                !lan.networks
-                    .iter()
-                    .any(|network| pin.is_subnet_of(*network))
-            }) {
-                self.problem(
-                    *span,
-                    format!("pin {pin} of {name} lies in none of [lan] networks"),
-                );
-            }
+            let mut messages = conflicts_with_lan(name, uplink, lan);
             for (earlier, _) in &places[..index] {
-                let other = &uplinks[earlier];
-                let (one, two) = (&uplink.identity, &other.identity);
-                if one.matches(two) || two.matches(one) {
-                    let message = format!(
-                        "{earlier} and {name} match the same link: give one of them what the other has not"
-                    );
-                    self.problem(*span, message);
-                }
-                if let Some(pin) = uplink
-                    .pin
-                    .iter()
-                    .find(|pin| other.pin.iter().any(|theirs| theirs.overlaps(**pin)))
-                {
-                    self.problem(*span, format!("{earlier} and {name} both pin {pin}"));
-                }
-                let (Some(ours), Some(theirs)) = (&uplink.routing, &other.routing) else {
-                    continue;
-                };
-                if ours.table == theirs.table {
-                    self.problem(
-                        *span,
-                        format!("{earlier} and {name} both have table {}", ours.table),
-                    );
-                }
-                if ours.mark == theirs.mark && ours.table != theirs.table {
-                    self.problem(
-                        *span,
-                        format!("{earlier} and {name} both have mark {}", ours.mark.value),
-                    );
-                }
+                messages.extend(conflicts((earlier, &uplinks[earlier]), (name, uplink)));
+            }
+            for message in messages {
+                self.problem(*span, message);
             }
         }
     }
+}
+
+fn conflicts_with_lan(name: &UplinkName, uplink: &Uplink, lan: &Lan) -> Vec<String> {
+    let interface = uplink.identity.interface.iter();
+    let interface = interface.filter(|interface| lan.interfaces.contains(interface));
+    let interface = interface
+        .map(|interface| format!("interface {interface} of {name} is in [lan] interfaces, too"));
+    let in_lan = |pin: &Ipv4Network| lan.networks.iter().any(|lan| pin.is_subnet_of(*lan));
+    let pins = uplink.pin.iter().filter(|pin| !in_lan(pin));
+    let pins = pins.map(|pin| format!("pin {pin} of {name} is in none of the [lan] networks"));
+    interface.chain(pins).collect()
+}
+
+/// What two uplinks have in common that must be different.
+fn conflicts(
+    (earlier, one): (&UplinkName, &Uplink),
+    (name, two): (&UplinkName, &Uplink),
+) -> Vec<String> {
+    let mut messages = Vec::new();
+    if one.identity.matches(&two.identity) || two.identity.matches(&one.identity) {
+        messages.push(format!(
+            "{earlier} and {name} match the same link: give one of them a key that the other does not have"
+        ));
+    }
+    let is_pinned = |pin: &&Ipv4Network| one.pin.iter().any(|earlier| earlier.overlaps(**pin));
+    if let Some(pin) = two.pin.iter().find(is_pinned) {
+        messages.push(format!("{earlier} and {name} both pin {pin}"));
+    }
+    if let (Some(one), Some(two)) = (&one.routing, &two.routing) {
+        if one.table == two.table {
+            messages.push(format!(
+                "{earlier} and {name} both have table {}",
+                two.table
+            ));
+        } else if one.mark == two.mark {
+            let mark = two.mark.value;
+            messages.push(format!("{earlier} and {name} both have mark {mark}"));
+        }
+    }
+    messages
 }

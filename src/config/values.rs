@@ -1,4 +1,4 @@
-//! Values of the configuration: one string or number as one type.
+//! Parses single values of the configuration.
 
 use std::net::Ipv4Addr;
 
@@ -9,10 +9,10 @@ use toml_spanner::{Item, Value};
 use crate::model::forward::PortRange;
 use crate::model::link::check_local;
 
-/// A prefix with its length and without host bits: ipnetwork itself takes both.
+/// Parses a prefix. Unlike ipnetwork's parser, it requires the length and refuses host bits.
 ///
 /// # Errors
-/// What it should be.
+/// Says what is right.
 pub fn prefix(text: &str) -> Result<Ipv4Network> {
     let network: Ipv4Network = text
         .parse()
@@ -21,21 +21,21 @@ pub fn prefix(text: &str) -> Result<Ipv4Network> {
         .with_context(|| format!("{text:?} is not an IPv4 prefix such as \"192.168.0.0/24\""))?;
     ensure!(
         network.prefix() > 0,
-        "{text:?} is every address; name the prefixes that are meant"
+        "{text:?} means every address; list the prefixes that you mean"
     );
     ensure!(
         network.ip() == network.network(),
-        "{text:?} has bits behind its prefix; write {}/{}",
+        "{text:?} has host bits set; write {}/{}",
         network.network(),
         network.prefix()
     );
     Ok(network)
 }
 
-/// A port, or a range of ports.
+/// Parses a port or a range of ports.
 ///
 /// # Errors
-/// What it should be.
+/// Says what is right.
 pub fn port_range(value: &Item) -> Result<PortRange> {
     let what = "port is one port (80) or a range (\"27015-27030\"), from 1 to 65535";
     let port = |text: &str| {
@@ -65,10 +65,10 @@ pub fn port_range(value: &Item) -> Result<PortRange> {
     Ok(range)
 }
 
-/// A LAN host, and a port there.
+/// Parses a LAN host's address, with a port or without.
 ///
 /// # Errors
-/// What it should be.
+/// Says what is right.
 pub fn target(value: &Item) -> Result<(Ipv4Addr, Option<u16>)> {
     let what = "to is a LAN host's address, or address:port: \"192.168.0.2:22\"";
     let text = value.as_str().context(what)?;
@@ -90,10 +90,10 @@ pub fn target(value: &Item) -> Result<(Ipv4Addr, Option<u16>)> {
     Ok((address, port))
 }
 
-/// A prefix, or an address alone.
+/// Parses a prefix or an address.
 ///
 /// # Errors
-/// What it should be.
+/// Says what is right.
 pub fn address_or_prefix(text: &str) -> Result<Ipv4Network> {
     match text.parse::<Ipv4Addr>() {
         Ok(address) => Ok(address.into()),
