@@ -4,9 +4,9 @@
 //! model ◀─ config, kernel ◀─ reconcile ◀─ inspect ◀─ main
 //! ```
 //!
-//! `model` has the nouns, `config` what is asked for, `kernel` what is there. `reconcile` brings the kernel to what is
-//! asked for; `inspect` only looks: status, check, explain. `runtime` has the log, the lock and the privileges.
-//! docs/architecture.md draws it on one page.
+//! `model` has the types of routes, rules, links and forwards; `config` reads the configuration; `kernel` reads and
+//! changes the kernel. `reconcile` brings the kernel to the desired state. `inspect` changes nothing: status, check,
+//! explain. `runtime` has the log, the lock and the privileges. See docs/architecture.md.
 
 pub mod config;
 pub mod inspect;

@@ -363,7 +363,11 @@ mod tests {
         }
         assert_refused(
             "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -s 192.0.2.",
-            &["in the middle of table nat", "-A PREROUTING -s 192.0.2."],
+            &["in the middle of the line", "-A PREROUTING -s 192.0.2."],
+        );
+        assert_refused(
+            "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -s 192.0.2.1\n",
+            &["in the middle of table nat", "-A PREROUTING -s 192.0.2.1"],
         );
         assert_refused(
             "*nat\n-A PREROUTING -m comment --comment \"a\nCOMMIT\n",

@@ -1,8 +1,6 @@
 //! The one reader of ip rules and routes, everybody's, by rtnetlink(7). Running `ip` would cost a process, and its output
 //! differs between versions.
 
-use std::fmt;
-
 use anyhow::{Context, Result};
 use ipnetwork::Ipv4Network;
 use nix::libc::{
@@ -13,6 +11,7 @@ use nix::net::if_::if_indextoname;
 use nix::sys::socket::SockProtocol;
 
 use crate::kernel::netlink::{attributes, dump, ipv4, text, u16_at, u32_at};
+use crate::model::forward::PortRange;
 use crate::model::route::{
     FwMark, NOT, PROTOCOL, Route, RouteKind, RouteRule, RuleAction, TableId,
 };
@@ -33,6 +32,7 @@ const FR_ACT_PROHIBIT: u8 = 8;
 const FRA_DST: u16 = 1;
 const FRA_SRC: u16 = 2;
 const FRA_IIFNAME: u16 = 3;
+const FRA_GOTO: u16 = 4;
 const FRA_PRIORITY: u16 = 6;
 const FRA_FWMARK: u16 = 10;
 const FRA_SUPPRESS_PREFIXLEN: u16 = 14;
@@ -202,17 +202,24 @@ impl Rest {
         self.0.extend([key.to_owned(), value]);
     }
 
-    fn range<T: fmt::Display>(&mut self, key: &str, first: T, last: T) {
-        self.named(key, format!("{first}-{last}"));
+    /// `sport 5`, or `sport 80-90`
+    fn ports(&mut self, key: &str, value: &[u8]) -> Option<()> {
+        let (first, last) = (u16_at(value, 0)?, u16_at(value, 2)?);
+        self.named(key, PortRange { first, last }.to_string());
+        Some(())
     }
 
     fn rule_attribute(&mut self, kind: u16, value: &[u8]) -> Option<()> {
         match kind {
             FRA_OIFNAME => self.named("oif", text(value)),
-            FRA_UID_RANGE => self.range("uidrange", u32_at(value, 0)?, u32_at(value, 4)?),
+            FRA_GOTO => self.named("goto", u32_at(value, 0)?.to_string()),
+            FRA_UID_RANGE => {
+                let (first, last) = (u32_at(value, 0)?, u32_at(value, 4)?);
+                self.named("uidrange", format!("{first}-{last}"));
+            }
             FRA_IP_PROTO => self.named("ipproto", value.first()?.to_string()),
-            FRA_SPORT_RANGE => self.range("sport", u16_at(value, 0)?, u16_at(value, 2)?),
-            FRA_DPORT_RANGE => self.range("dport", u16_at(value, 0)?, u16_at(value, 2)?),
+            FRA_SPORT_RANGE => self.ports("sport", value)?,
+            FRA_DPORT_RANGE => self.ports("dport", value)?,
             _ => self.unnamed(&kind.to_string(), value),
         }
         Some(())

@@ -1,4 +1,4 @@
-//! One lock for all calls: different pppds run their hooks at the same time.
+//! The lock that lets one call at a time change the kernel: several pppds can run their hooks at the same time.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -11,8 +11,8 @@ use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, OFlag, fcntl};
 
 const PATH: &str = "/run/mh-hook.lock";
 
-/// Held until dropped, and by the tools that run then: if we are killed, the next call still waits
-/// for the tool that is writing.
+/// The held lock. Tools inherit its file descriptor: if we are killed, the next call waits until our tool has exited, too
+/// (flock(2)).
 #[derive(Debug)]
 pub struct Lock(#[allow(dead_code)] Flock<File>);
 
@@ -20,7 +20,7 @@ impl Lock {
     /// Waits for the lock until the deadline.
     ///
     /// # Errors
-    /// It can't be opened, or another call holds it for too long.
+    /// The file can't be opened, or another call holds the lock until the deadline.
     pub fn take(deadline: Instant) -> Result<Self> {
         let mut file = OpenOptions::new()
             .read(true)

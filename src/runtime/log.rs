@@ -1,5 +1,5 @@
-//! Where messages go: syslog, facility daemon, tag mh-hook; stderr where a person looks, where
-//! syslog can't be reached, and for errors.
+//! The log: syslog, with facility daemon and tag mh-hook. Also stderr, for errors, if it is a terminal, and if syslog
+//! can't be reached.
 
 use std::io::{IsTerminal, Write, stderr};
 use std::os::unix::net::UnixDatagram;
@@ -13,8 +13,8 @@ use syslog::{Facility, LogFormat, Logger, LoggerBackend, Severity};
 /// The socket of the local syslog daemon (syslog(3), `_PATH_LOG`).
 const SOCKET: &str = "/dev/log";
 
-/// How long a syslog daemon that does not read may keep us.
-const PATIENCE: Duration = Duration::from_millis(500);
+/// How long a message may wait for a syslog daemon that does not read.
+const TIMEOUT: Duration = Duration::from_millis(500);
 
 type Syslog = Logger<LoggerBackend, Format>;
 
@@ -24,27 +24,27 @@ struct Sinks {
     stderr: LevelFilter,
 }
 
-/// Starts logging at this level. `asked` says that a person asked for the level, and so looks.
+/// Starts logging at this level; on stderr, too, if a person asked for the level.
 pub fn init(level: LevelFilter, asked: bool) {
     let syslog = connect();
-    let looked_at = asked || syslog.is_err() || stderr().is_terminal();
+    let on_stderr = asked || syslog.is_err() || stderr().is_terminal();
     let sinks = Sinks {
-        stderr: if looked_at { level } else { LevelFilter::Error },
+        stderr: if on_stderr { level } else { LevelFilter::Error },
         syslog: Mutex::new(syslog.ok()),
         level,
     };
-    // It is called once.
+    // Fails only if it is called twice.
     if ::log::set_boxed_logger(Box::new(sinks)).is_ok() {
         ::log::set_max_level(level);
     }
 }
 
-/// Made by hand: `syslog::init` would fall back to UDP in silence, and its socket could block for ever.
+/// Connects to the syslog daemon. `syslog::init` would fall back to UDP silently, and its socket could block for ever.
 fn connect() -> Result<Syslog> {
     let socket = UnixDatagram::unbound().context("make a socket")?;
     socket
-        .set_write_timeout(Some(PATIENCE))
-        .context("limit its patience")?;
+        .set_write_timeout(Some(TIMEOUT))
+        .context("set the socket's timeout")?;
     socket
         .connect(SOCKET)
         .with_context(|| format!("connect to {SOCKET}"))?;
@@ -53,7 +53,7 @@ fn connect() -> Result<Syslog> {
 
 /// `<30>mh-hook[4711]: isp0 up on ppp0 …`
 ///
-/// The daemon adds the time, as it does where none is given (RFC 3164, 4.3.2): it knows the time zone.
+/// Without a time: the daemon, which knows the time zone, adds it (RFC 3164, 4.3.2).
 struct Format;
 
 impl LogFormat<&str> for Format {
@@ -96,11 +96,11 @@ impl Log for Sinks {
         });
         let lost = !matches!(written, Some(Ok(())));
         if matches!(written, Some(Err(_))) {
-            // Not asked again: each further line would cost the whole patience.
+            // Not tried again: each further line could wait for the whole timeout.
             *syslog = None;
         }
         if lost || record.level() <= self.stderr {
-            // Not eprintln!, which panics where nobody reads: that would end us in the middle of a change.
+            // Not eprintln!: it panics if stderr is closed, in the middle of a change.
             let _ = writeln!(stderr(), "mh-hook: {line}");
         }
     }
@@ -108,8 +108,8 @@ impl Log for Sinks {
     fn flush(&self) {}
 }
 
-/// One line without control characters: a peer's name or a hostile interface's must not write
-/// lines of its own, nor move a terminal's cursor.
+/// The text with its control characters escaped: the name of a peer or an interface must not add log lines, nor move a
+/// terminal's cursor.
 pub fn printable(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for c in text.chars() {

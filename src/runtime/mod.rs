@@ -1,4 +1,4 @@
-//! What every call needs of its surroundings: a log, the lock, no more privileges than the tools take.
+//! What each call needs around it: the log, the lock, standard output, and no more privileges than the tools need.
 
 pub mod lock;
 pub mod log;

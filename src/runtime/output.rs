@@ -1,8 +1,8 @@
-//! What a person asked for, on stdout. Unlike `print!`, this does not panic where nobody reads it.
+//! Standard output.
 
 use std::io::{self, Write, stdout};
 
-/// Prints a text.
+/// Prints a text. Unlike `print!`, it does not panic if stdout is closed.
 ///
 /// # Errors
 /// It can't be written.
