@@ -33,9 +33,8 @@ fn every_finding_of_check_stands_in_the_manual() {
         .flat_map(|item| item.split(" Pq ").next().unwrap_or_default().split(" , "))
         .filter_map(|name| name.strip_prefix("Cm "))
         .collect();
-    let mut sources = vec!["src/check.rs".into()];
-    let parts = fs::read_dir("src/check").expect("the parts of check");
-    sources.extend(parts.map(|part| part.expect("a part").path()));
+    let parts = fs::read_dir("src/inspect/check").expect("the parts of check");
+    let sources = parts.map(|part| part.expect("a part").path());
     let mut found = 0;
     for source in sources {
         let text = fs::read_to_string(&source).expect("a source");

@@ -74,7 +74,7 @@ impl Snapshot {
         Self::new(root, tools, kernel)
     }
 
-    /// Asks the tools what the kernel's part leaves open.
+    /// Adds what only tools tell: the other backend's tables, the tables of nftables, and the connections.
     ///
     /// # Errors
     /// A tool can't be run or fails, or its answer can't be read.

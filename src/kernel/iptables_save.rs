@@ -61,6 +61,12 @@ impl Ruleset {
             let added = ruleset.add(line, &mut table);
             added.with_context(|| format!("read what iptables-save prints: {:?}", shown(line)))?;
         }
+        if let Some(table) = table {
+            bail!(
+                "iptables-save ended in the middle of table {table}, after {:?}",
+                shown(line)
+            );
+        }
         ensure!(
             save.is_empty() || save.ends_with('\n'),
             "iptables-save ended in the middle of the line {:?}",
@@ -72,12 +78,6 @@ impl Ruleset {
             "iptables-save ended ahead of the table that {:?} announces",
             shown(line)
         );
-        if let Some(table) = table {
-            bail!(
-                "iptables-save ended in the middle of table {table}, after {:?}",
-                shown(line)
-            );
-        }
         Ok(ruleset)
     }
 

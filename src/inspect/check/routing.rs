@@ -14,7 +14,7 @@ use crate::model::link::UplinkLink;
 use crate::model::names::UplinkName;
 use crate::model::route::{FwMark, NOT, Route, RouteKind, RouteRule, TableId};
 
-/// An address in the Internet that nobody has (RFC 5737), to ask the kernel for.
+/// An address in the Internet, for route lookups; nobody has it (TEST-NET-1, RFC 5737).
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
 /// The most targets that are looked up: each takes a process.
