@@ -313,7 +313,7 @@ proptest! {
 /// The rules of a listing that are ours.
 fn ours(config: Option<&Config>, save: &str) -> State {
     let kernel = Kernel {
-        ruleset: Ruleset::parse(&save).expect("a listing"),
+        ruleset: Ruleset::parse(save).expect("a listing"),
         ..Kernel::default()
     };
     Owners::new(config, &kernel).installed(&kernel)
