@@ -360,7 +360,8 @@ monitor_start() {
 
 # monitor_seen: what has been noted since.
 monitor_seen() {
-    monitor_mark "$(($(grep -c 'delete table ip mark' "$LAB_DIR/monitor.nft") + 2))"
+    # Silence of one that has died must not pass for silence.
+    (monitor_mark "$(($(grep -c 'delete table ip mark' "$LAB_DIR/monitor.nft") + 2))") || { echo "a monitor has died"; return 1; }
     sed '1,/^delete table ip mark1$/d' "$LAB_DIR/monitor.nft" | grep -vE ' table ip mark|\(nft\)$' || true
     sed '1,/^Deleted 10\.99\.1\.0/d' "$LAB_DIR/monitor.ip" | grep -v '10\.99\.' || true
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::Ipv4Addr;
 
-use mh_hook::config::Config;
+use mh_hook::config::{Config, KEYS};
 use mh_hook::kernel::iptables_save::Ruleset;
 use mh_hook::kernel::link::{Link, Links};
 use mh_hook::kernel::observe::Kernel;
@@ -42,6 +42,28 @@ const FORWARDS: [&str; 3] = [
     r#"{ port = 2222, to = "192.168.0.2:22", from = ["192.0.2.77", "198.51.100.0/24"] }"#,
     r#"{ proto = ["gre", "esp"], to = "192.168.0.4" }"#,
 ];
+
+/// The keys that [`config`] writes, or that need no other value to be tried: whoever adds one adds it there, too.
+const TRIED: [&str; 12] = [
+    "interface",
+    "ipparam",
+    "linkname",
+    "peer",
+    "table",
+    "mark",
+    "masquerade",
+    "hairpin",
+    "clamp-mss",
+    "accept-forward",
+    "pin",
+    "forward",
+];
+
+#[test]
+fn every_key_of_an_uplink_is_tried_here() {
+    let (_, keys) = KEYS[4];
+    assert_eq!(keys, TRIED);
+}
 
 fn uplink() -> impl Strategy<Value = Uplink> {
     let addresses = [[203, 0, 113, 10], [198, 51, 100, 20], [100, 64, 0, 1]];
@@ -313,7 +335,7 @@ proptest! {
 /// The rules of a listing that are ours.
 fn ours(config: Option<&Config>, save: &str) -> State {
     let kernel = Kernel {
-        ruleset: Ruleset::parse(&save).expect("a listing"),
+        ruleset: Ruleset::parse(save).expect("a listing"),
         ..Kernel::default()
     };
     Owners::new(config, &kernel).installed(&kernel)

@@ -83,7 +83,7 @@ impl fmt::Display for Command<'_> {
                 if let Some(number) = number {
                     write!(f, " {number}")?;
                 }
-                let mut words = spec.into_iter().flat_map(|rule| rule.words());
+                let mut words = spec.iter().flat_map(|rule| rule.words());
                 words.try_for_each(|word| write!(f, " {}", quote(&word)))
             }
         }

@@ -225,53 +225,49 @@ pub fn entry_flag(change: Change, table: Table) -> &'static str {
 /// on the way up routing is in place before connections are marked and redirected; on the way down
 /// marking ends first, and a table loses its rules before its routes.
 pub fn diff(installed: &State, desired: &State) -> Vec<Step> {
+    // All fields are named, so that whoever adds one is asked here for its steps.
+    let State {
+        routes,
+        rules,
+        tables: _,
+        src_valid_mark,
+    } = installed;
     let mut routing = Vec::new();
-    let is_extra = |route: &&Route| !desired.routes.contains(*route);
-    for route in desired.routes.difference(&installed.routes) {
-        let replaces = installed
-            .routes
-            .iter()
-            .filter(is_extra)
-            .any(|old| old.key() == route.key());
-        let change = if replaces {
-            Change::Replace
-        } else {
-            Change::Add
-        };
-        routing.push(Step::Route(change, route.clone()));
-    }
+    let new_routes: Vec<&Route> = desired.routes.difference(routes).collect();
+    let old_routes: Vec<&Route> = routes.difference(&desired.routes).collect();
+    let has_key_of = |routes: &[&Route], route: &Route| {
+        let mut keys = routes.iter().map(|route| route.key());
+        keys.any(|key| key == route.key())
+    };
     // The closing route goes in ahead of the others.
-    routing.reverse();
-    for rule in desired.rules.difference(&installed.rules) {
+    for route in new_routes.iter().rev() {
+        let change = match has_key_of(&old_routes, route) {
+            true => Change::Replace,
+            false => Change::Add,
+        };
+        routing.push(Step::Route(change, (*route).clone()));
+    }
+    for rule in desired.rules.difference(rules) {
         routing.push(Step::RouteRule(Change::Add, rule.clone()));
     }
     let adds = !routing.is_empty();
-    for rule in installed.rules.difference(&desired.rules) {
+    for rule in rules.difference(&desired.rules) {
         routing.push(Step::RouteRule(Change::Delete, rule.clone()));
     }
-    for route in installed.routes.iter().filter(is_extra) {
-        let replaced = desired
-            .routes
-            .difference(&installed.routes)
-            .any(|new| new.key() == route.key());
-        if !replaced {
-            routing.push(Step::Route(Change::Delete, route.clone()));
-        }
-    }
+    let removed = old_routes.iter();
+    let removed = removed.filter(|route| !has_key_of(&new_routes, route));
+    routing.extend(removed.map(|route| Step::Route(Change::Delete, (*route).clone())));
     // While the uplink's chains are there they tell whose the parameter is: it is set behind them, and put back ahead.
-    let parameters = |change, new: &State, old: &State| {
-        let interfaces = new.src_valid_mark.difference(&old.src_valid_mark);
-        let steps = interfaces.map(|interface| Step::SrcValidMark(change, interface.clone()));
-        steps.collect::<Vec<Step>>()
-    };
-    let put_back = parameters(Change::Delete, installed, desired);
-    let set = parameters(Change::Add, desired, installed);
+    let set = desired.src_valid_mark.difference(src_valid_mark);
+    let set = set.map(|interface| Step::SrcValidMark(Change::Add, interface.clone()));
+    let put_back = src_valid_mark.difference(&desired.src_valid_mark);
+    let put_back = put_back.map(|interface| Step::SrcValidMark(Change::Delete, interface.clone()));
     let netfilter = netfilter(installed, desired);
-    if adds {
-        [put_back, routing, netfilter, set].concat()
-    } else {
-        [put_back, netfilter, routing, set].concat()
-    }
+    let (first, second) = match adds {
+        true => (routing, netfilter),
+        false => (netfilter, routing),
+    };
+    put_back.chain(first).chain(second).chain(set).collect()
 }
 
 fn netfilter(installed: &State, desired: &State) -> Vec<Step> {

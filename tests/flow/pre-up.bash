@@ -98,7 +98,7 @@ storm() {
 }
 
 heard() {
-    in_ns lanhost socat -u - UDP4:192.168.0.1:9 <<<heard
+    in_ns lanhost socat -u - UDP4:192.168.0.1:9,shut-none <<<heard
     cat "$LAB_DIR/storm"
 }
 

@@ -447,7 +447,7 @@ fn peer(link: &str) -> String {
 
 /// Waits for the call that follows an `event pre-up` by itself: it tells nobody how it went.
 fn await_follow() -> Result<i32, String> {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while is_following()? {
         if Instant::now() > deadline {
             return Err("event follow does not end".into());

@@ -1,6 +1,6 @@
 //! Services of the system that remove our entries, or restore old ones.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use super::{Finding, count};
@@ -91,8 +91,12 @@ fn persistent(root: &Root) -> Option<Finding> {
             "{file} has {} of ours: netfilter-persistent restores them at boot, whatever address the link has by then",
             count(entries, "entry", "entries")
         );
+        // The names of chains in full: what merely begins so is somebody else's.
+        let names: BTreeSet<String> = ours.tables.keys().map(|(_, name)| name.chain()).collect();
+        let chain = names.into_iter().collect::<Vec<String>>().join("|");
+        let chain = format!("({chain})(\\.[a-z0-9]+)?");
         Finding::harms("persistent-rules", what).fix(format!(
-            "sed -i -E '/^:mh-|-A mh-|(-j|-g|--comment) \"?mh-/d' {file}"
+            "sed -i -E '/^:{chain} |-A {chain} |(-j|-g|--comment) {chain}( |$)/d' {file}"
         ))
     })
 }
