@@ -26,7 +26,7 @@ impl Source {
     /// Reads the file.
     ///
     /// # Errors
-    /// It can't be read, or somebody else than root can have written it.
+    /// It can't be read, or another user than root can have written it.
     pub fn read(path: &Path) -> Result<Self> {
         let text = read(path).with_context(|| format!("configuration {}", path.display()))?;
         let path = path.to_owned();

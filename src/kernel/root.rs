@@ -1,5 +1,5 @@
-//! The folder that files of the system are read below: `/`, or in a test a folder that stands for it. Paths go in and come
-//! out as the system has them (`/etc/ppp/peers`), and symbolic links lead to places below the folder.
+//! Reads system files below a root folder: `/`, or in a test a folder in its place. All paths are those of the system
+//! (`/etc/ppp/peers`). A symbolic link with an absolute target leads below the root folder, too.
 
 use std::ffi::OsString;
 use std::fs::{self, Metadata};
@@ -13,12 +13,12 @@ const MAX_LINKS: usize = 40;
 #[derive(Clone, Debug)]
 pub struct Root {
     folder: PathBuf,
-    /// The user whom system files belong to.
+    /// The user that system files belong to.
     pub owner: u32,
 }
 
 impl Root {
-    /// The system's own.
+    /// The system's root folder.
     pub fn system() -> Self {
         Self {
             folder: "/".into(),
@@ -26,7 +26,7 @@ impl Root {
         }
     }
 
-    /// A folder that stands for `/`; whoever owns it stands for root.
+    /// A folder in the place of `/`. Its owner is taken for root.
     pub fn at(folder: &Path) -> Self {
         Self {
             folder: folder.to_owned(),
@@ -34,7 +34,7 @@ impl Root {
         }
     }
 
-    /// The path behind all symbolic links; none where nothing is there.
+    /// The path with all symbolic links resolved. None if there is no such file.
     pub fn canonical(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
         let mut rest = names(path.as_ref());
         let mut path = PathBuf::from("/");
@@ -57,32 +57,33 @@ impl Root {
         self.place(&path).exists().then_some(path)
     }
 
-    /// The path by which this process reaches a file, behind all symbolic links.
+    /// The path for this process's own system calls, with all symbolic links resolved. None if there is no such file.
     pub fn reach(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
         Some(self.place(&self.canonical(path)?))
     }
 
-    /// The path by which this process reaches a file, where no link on the way leads out of the folder.
+    /// The path for this process's own system calls, with symbolic links left as they are: they must not lead out of the
+    /// root folder.
     pub fn place(&self, path: &Path) -> PathBuf {
         self.folder.join(path.strip_prefix("/").unwrap_or(path))
     }
 
-    /// What `stat` says of the file that a path leads to.
+    /// The metadata of the file, after symbolic links. None if there is no such file.
     pub fn metadata(&self, path: impl AsRef<Path>) -> Option<Metadata> {
         fs::metadata(self.reach(path)?).ok()
     }
 
-    /// Whether a path leads to something.
+    /// Whether there is such a file, after symbolic links.
     pub fn exists(&self, path: impl AsRef<Path>) -> bool {
         self.canonical(path).is_some()
     }
 
-    /// Whether the path itself is a symbolic link, wherever that leads.
+    /// Whether the path itself is a symbolic link, dangling or not.
     pub fn is_symlink(&self, path: &str) -> bool {
         self.place(Path::new(path)).is_symlink()
     }
 
-    /// The text of a regular file; none where there is none, or it can't be read.
+    /// The text of a regular file. None if there is no such file, or it can't be read.
     pub fn read(&self, path: impl AsRef<Path>) -> Option<String> {
         let place = self.reach(path)?;
         // Opening a fifo would wait for a writer.
@@ -93,7 +94,7 @@ impl Root {
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    /// The paths of what a folder holds, by name; none where there is no such folder.
+    /// The paths of a folder's entries, sorted. Empty if there is no such folder.
     pub fn list(&self, folder: impl AsRef<Path>) -> Vec<PathBuf> {
         let folder = folder.as_ref();
         let entries = self
@@ -107,14 +108,14 @@ impl Root {
         paths
     }
 
-    /// The value of a kernel parameter, by its path below /proc/sys; none where the kernel has no such parameter.
+    /// The value of the parameter at this path in /proc/sys. None if the kernel has no such parameter.
     pub fn sysctl(&self, path: &str) -> Option<String> {
         let value = self.read(Path::new("/proc/sys").join(path))?;
         Some(value.trim().to_owned())
     }
 }
 
-/// The names of a path, the last first: `/` at its beginning, and `..`, are names here.
+/// The components of a path in reverse order, `/` and `..` among them.
 fn names(path: &Path) -> Vec<OsString> {
     let names = path.components().filter_map(|component| match component {
         Component::RootDir => Some("/".into()),
