@@ -92,7 +92,7 @@ fn filters_strictly(view: &View, link: &UplinkLink) -> bool {
 enum Fault {
     /// A rule or policy drops them.
     Dropped(Hook, Place),
-    /// A foreign rule of the nat table takes requests before our DNAT.
+    /// A foreign rule translates requests before our DNAT does, or exempts them from translation.
     Taken(Place),
     /// A rule changes our bits of a mark: the connection's, the request's or the reply's.
     MarkChanged(&'static str, MarkChange),
@@ -174,8 +174,14 @@ impl Case<'_> {
             position,
         };
         let mut passages = vec![pass(Hook::Prerouting, &mut request, connection)?];
-        let place = passages[0].accepted.iter().find(|it| it.table == "nat");
-        if let Some(place) = place.filter(|place| self.is_foreign(place)) {
+        let Passage {
+            accepted,
+            untracked,
+            ..
+        } = &passages[0];
+        let by_nat = |it: &&Place| it.table == "nat" && it.number > 0 && self.is_foreign(it);
+        let mut takers = untracked.iter().chain(accepted.iter().filter(by_nat));
+        if let Some(place) = takers.next() {
             return Err(Fault::Taken(place.clone()));
         }
         self.judge("connection's", connection.mark, &passages)?;
@@ -256,56 +262,49 @@ impl Case<'_> {
             true => Finding::stops,
             false => Finding::harms,
         };
-        let may = if is_certain { "" } else { "may " };
+        let verb = |certain, uncertain| if is_certain { certain } else { uncertain };
         match fault {
             Fault::Dropped(..) | Fault::Unmarked => None,
             Fault::Taken(place) => {
-                let (verb, address) =
-                    (if is_certain { "takes" } else { "take" }, self.link.address);
                 let what = format!(
-                    "{} {may}{verb} {} to {address} before our forwards do",
+                    "{} {} {} of {} from our forwards",
                     rule(place),
-                    self.service()
+                    verb("keeps", "may keep"),
+                    self.service(),
+                    self.link.address
                 );
                 Some(new("dnat-ahead", what))
             }
             Fault::MarkChanged(whose, change) => {
                 let mask = self.uplink.routing.as_ref()?.mark.mask;
-                let verb = if is_certain { "changes" } else { "change" };
+                let place = &change.place;
                 let what = format!(
-                    "{} {may}{verb} bits of our mask {mask:#x} in the {whose} mark",
-                    rule(&change.place)
+                    "{} {} bits of our mask {mask:#x} in the {whose} mark",
+                    rule(place),
+                    verb("changes", "may change")
                 );
-                // The same rule in the same place, with the other bits only.
-                let Place {
-                    table,
-                    chain,
-                    number,
-                    text,
-                    ..
-                } = &change.place;
-                let (matches, _) = text.rsplit_once("-j ")?;
+                let finding = new("mark-wiped", what);
                 let action = change.action.without(mask);
-                Some(new("mark-wiped", what).fix(format!(
-                    "iptables -t {table} -R {chain} {number} {matches}{action}"
-                )))
+                if action == action.without(u32::MAX) {
+                    return Some(finding.fix(place.deletion()));
+                }
+                // The same rule in the same place, for the other bits.
+                let (matches, _) = place.text.rsplit_once("-j ")?;
+                Some(
+                    finding
+                        .fix(place.command("-R", &format!("{} {matches}{action}", place.number))),
+                )
             }
             Fault::MarkSkipped(place) => {
-                let Place {
-                    chain,
-                    number,
-                    text,
-                    ..
-                } = place;
-                let verb = if is_certain { "leave" } else { "may leave" };
                 let what = format!(
-                    "packets {verb} the mangle table before our rules mark them, by {}",
+                    "packets {} the mangle table before our rules mark them, by {}",
+                    verb("leave", "may leave"),
                     rule(place)
                 );
                 // Our rules are at the end of the chain; this puts the foreign one after them.
                 let finding = new("mark-skipped", what);
-                let finding = finding.fix(format!("iptables -t mangle -D {chain} {number}"));
-                Some(finding.fix(format!("iptables -t mangle -A {chain} {text}")))
+                let finding = finding.fix(place.command("-D", &place.number.to_string()));
+                Some(finding.fix(place.command("-A", &place.text)))
             }
         }
     }
@@ -367,8 +366,8 @@ impl Dropped {
         link: &UplinkLink,
     ) -> Option<Finding> {
         let what = format!(
-            "{} dropped, requests or replies: {} by {}",
-            count(self.services.len(), "forward is", "forwards are"),
+            "requests or replies of {} are dropped: {} by {}",
+            count(self.services.len(), "forward", "forwards"),
             few(self.services),
             self.by?
         );
@@ -414,7 +413,7 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
         let finding = Finding::harms(
             "ours-in-the-other-backend",
             format!(
-                "entries of ours stand in {backend} too, which is not in use, and are in force: {}",
+                "{backend} is not in use, but has entries of ours, which are in force: {}",
                 few(&names)
             ),
         );
@@ -434,8 +433,8 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
     }
     if others > 0 {
         let what = format!(
-            "{} in {backend}, beside {}: both are in force, and each shows its own only",
-            count(others, "rule stands", "rules stand"),
+            "{backend} has {}, besides those of {}: both are in force, and each command lists its own rules only",
+            count(others, "foreign rule", "foreign rules"),
             snapshot.tools.backend
         );
         findings.push(Finding::note("both-backends", what));
@@ -443,7 +442,7 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
     findings
 }
 
-/// Chains of nftables that packets pass, and that iptables does not show.
+/// Reports the chains of nftables that forwarded packets pass, which iptables does not list and check does not read.
 ///
 /// # Errors
 /// nft can't be run.
@@ -452,14 +451,14 @@ pub fn nftables(snapshot: &Snapshot) -> Result<Option<Finding>> {
     let chains = foreign_chains(&listing);
     Ok((!chains.is_empty()).then(|| {
         let what = format!(
-            "packets pass chains of nftables, too, that are not looked into here: {}",
+            "packets also pass chains of nftables, which check does not read: {}",
             few(chains)
         );
         Finding::note("nftables", what).fix("nft list ruleset")
     }))
 }
 
-/// `table inet filter {`, `chain forward {`, `type filter hook forward priority filter; policy drop;`
+/// Parses `table inet filter {`, `chain forward {`, `type filter hook forward priority filter; policy drop;`
 fn foreign_chains(listing: &str) -> Vec<String> {
     let mut chains = Vec::new();
     let (mut table, mut chain) = ("", "");
@@ -471,7 +470,7 @@ fn foreign_chains(listing: &str) -> Vec<String> {
             chain = name;
         } else if let Some((_, hook)) = line.split_once(" hook ") {
             let (family, name) = table.split_once(' ').unwrap_or(("ip", table));
-            // What iptables-nft shows.
+            // Those that iptables-nft lists.
             let is_iptables =
                 family == "ip" && matches!(name, "raw" | "mangle" | "nat" | "filter" | "security");
             let is_passed = matches!(family, "ip" | "inet")

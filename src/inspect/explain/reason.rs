@@ -126,10 +126,10 @@ impl Trace<'_> {
                     "[uplink.{name}] accept-forward = true, then: mh-hook sync"
                 )]
             }
-            _ if place.number == 0 => self.fixes(&[format!(
-                "{} -t {} -P {} ACCEPT, or a rule that accepts the packet",
-                place.backend, place.table, place.chain
-            )]),
+            _ if place.number == 0 => {
+                let command = place.command("-P", "ACCEPT");
+                self.fixes(&[format!("{command}, or a rule that accepts the packet")])
+            }
             _ => self.fixes(&[place.deletion()]),
         }
     }
@@ -229,6 +229,12 @@ impl Trace<'_> {
     /// Why no forward took the request.
     pub(super) fn no_forward(&self) -> Failure {
         let service = self.inputs.question.service;
+        if let Some(place) = &self.untracked {
+            return Failure {
+                why: format!("{place} keeps the connection from all forwards"),
+                fixes: vec![place.deletion()],
+            };
+        }
         let Some((name, uplink)) = self.asked_uplink() else {
             return Failure {
                 why: format!("no forward is for {service}"),

@@ -51,6 +51,7 @@ impl<'a> Inputs<'a> {
             direction: Direction::There,
             hops: Vec::new(),
             marks: Vec::new(),
+            untracked: None,
             doubts: Vec::new(),
             caveats: Vec::new(),
             end: Ok(String::new()),
@@ -105,6 +106,8 @@ pub struct Trace<'a> {
     /// What happened, in order.
     pub hops: Vec<Hop>,
     pub(super) marks: Vec<MarkChange>,
+    /// The rule that exempts the connection from tracking.
+    pub(super) untracked: Option<Place>,
     /// What may happen instead.
     pub doubts: Vec<Doubt>,
     /// What may be different for some packets.
@@ -465,6 +468,7 @@ impl<'a> Trace<'a> {
             stopped,
             accepted,
             nat,
+            untracked,
             marks,
             doubts,
         } = self.context.pass(hook, packet, connection);
@@ -478,6 +482,11 @@ impl<'a> Trace<'a> {
             let what = format!("{of} mark {:#x}", change.mark);
             self.hop("mark", what, Some(change.place.clone()));
             self.marks.push(change);
+        }
+        if let Some(place) = untracked {
+            let what = "not tracked, so not translated";
+            self.hop("nat", what, Some(place.clone()));
+            self.untracked = Some(place);
         }
         if let Some(place) = nat {
             let what = match hook {

@@ -85,14 +85,18 @@ fn as_text<S: Serializer>(it: &impl fmt::Display, serializer: S) -> Result<S::Ok
 impl Place {
     /// The command that deletes the rule.
     pub fn deletion(&self) -> String {
-        let command = match self.backend {
-            Backend::Nft => "iptables",
-            Backend::Legacy => Backend::Legacy.name(),
-        };
-        format!(
-            "{command} -t {} -D {} {}",
-            self.table, self.chain, self.text
-        )
+        self.command("-D", &self.text)
+    }
+
+    /// `iptables-nft -t filter -D FORWARD 3`
+    pub fn command(&self, flag: &str, rest: &str) -> String {
+        let Self {
+            backend,
+            table,
+            chain,
+            ..
+        } = self;
+        format!("{backend} -t {table} {flag} {chain} {rest}")
     }
 }
 
@@ -172,6 +176,8 @@ pub struct Passage {
     pub accepted: Vec<Place>,
     /// The rule that translated an address.
     pub nat: Option<Place>,
+    /// The rule that exempts the connection from tracking, and so from translation.
+    pub untracked: Option<Place>,
     /// Changes of marks, in order.
     pub marks: Vec<MarkChange>,
     /// What may have happened instead.
@@ -418,6 +424,7 @@ impl Evaluation<'_> {
             }
             Target::Notrack => {
                 self.connection.is_untracked = true;
+                self.passage.untracked = Some(place);
                 return None;
             }
             Target::Mark(action) => {

@@ -12,7 +12,7 @@ use mh_hook::inspect::explain::Question;
 use mh_hook::inspect::packet_trace::{
     Connection, Context, Header, Hook, Packet, Position, TracedRuleset,
 };
-use mh_hook::kernel::conntrack::{self, Flow, Tuple};
+use mh_hook::kernel::conntrack::{self, Flow};
 use mh_hook::kernel::iptables_save::Ruleset;
 use mh_hook::kernel::link::Link;
 use mh_hook::kernel::observe::Kernel;
