@@ -132,6 +132,16 @@ impl Snapshot {
         steps
     }
 
+    /// Reverse path filtering in force on an interface: 0 off, 1 strict, 2 loose. The larger value of the interface's own
+    /// and of `all` counts (Documentation/networking/ip-sysctl.rst).
+    pub fn rp_filter(&self, interface: &str) -> u8 {
+        let value = |name: &str| -> Option<u8> {
+            let path = format!("net/ipv4/conf/{name}/rp_filter");
+            self.root.sysctl(&path)?.parse().ok()
+        };
+        value(interface).max(value("all")).unwrap_or(0)
+    }
+
     /// The kernel's answer to `ip route get`, or its refusal: `Network is unreachable`.
     ///
     /// # Errors

@@ -22,14 +22,3 @@ pub fn write(path: &str, value: &str) -> io::Result<()> {
 pub fn src_valid_mark(interface: &str) -> String {
     format!("net/ipv4/conf/{interface}/src_valid_mark")
 }
-
-/// The reverse path filtering in effect on an interface: 0 off, 1 strict, 2 loose. The larger one of the interface's own
-/// value and that of `all` applies (Documentation/networking/ip-sysctl.rst).
-pub fn rp_filter(interface: &str) -> u8 {
-    let value = |name: &str| -> Option<u8> {
-        read(&format!("net/ipv4/conf/{name}/rp_filter"))?
-            .parse()
-            .ok()
-    };
-    value(interface).max(value("all")).unwrap_or(0)
-}

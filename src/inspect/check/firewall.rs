@@ -1,67 +1,74 @@
-//! iptables: whether requests and replies come through, keep their marks, and reach our DNAT first;
-//! what stands in the other backend.
+//! iptables: do foreign rules drop the forwards' packets, take requests before our DNAT, or change our marks? And rules that
+//! are in force besides those of the backend in use.
 
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 
 use anyhow::Result;
 
-use super::walk::{Fit, Marking, Packet, Place, Walk, transfer_masks, walk};
+use super::routing::Targets;
 use super::{Finding, View, count, few};
 use crate::config::Uplink;
+use crate::inspect::packet_trace::{
+    Connection, Context, Doubt, Header, Hook, MarkChange, Packet, Passage, Place, Position,
+    alternatives,
+};
 use crate::inspect::snapshot::Snapshot;
 use crate::model::forward::{Forward, Protocol};
 use crate::model::link::UplinkLink;
 use crate::model::names::UplinkName;
-use crate::model::netfilter::{self, Rule, Table};
-use crate::model::route::FwMark;
+use crate::model::netfilter::{Rule, Table};
+use crate::model::route::TableId;
 use crate::model::state::{Entry, State};
 use crate::reconcile::diff::diff;
 use crate::reconcile::other_backend::owned;
 use crate::reconcile::ownership::{Owner, Owners};
 
-use super::routing::Targets;
-
-/// One forward's packets, by one protocol.
+/// A forward's packets of one protocol, from any client.
 struct Case<'a> {
-    name: &'a UplinkName,
+    view: &'a View<'a>,
     uplink: &'a Uplink,
     link: &'a UplinkLink,
+    /// The uplink's chain.
+    chain: &'a str,
     forward: &'a Forward,
+    /// None for all protocols.
     protocol: Option<Protocol>,
-    /// The LAN's interface that the target is behind.
-    lan: &'a str,
+    /// The interface that leads to the forward's target; none where that is the router itself.
+    lan: Option<&'a str>,
+    /// Whether strict reverse path filtering drops a request without our mark.
+    needs_mark_on_request: bool,
 }
 
-/// All forwards of the links that are up.
+/// Checks the forwards of the links that are up.
 pub fn check(view: &View, targets: &Targets) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (name, uplink, link) in view.serving_links() {
-        let mut dropped: Dropped = Dropped::default();
-        let mut told = BTreeSet::new();
+        let chain = name.chain();
+        let needs_mark_on_request = filters_strictly(view, link);
+        let mut dropped = Dropped::default();
+        let mut reported = BTreeSet::new();
         for forward in &uplink.forwards {
-            let Some(Ok(way)) = targets.get(&forward.to).filter(|way| {
-                way.as_ref()
-                    .is_ok_and(|way| !way.is_local && !way.dev.is_empty())
-            }) else {
+            let Some(Ok(way)) = targets.get(&forward.to) else {
                 continue;
             };
             let protocols = forward.protocols.iter().copied().map(Some);
             let any = forward.protocols.is_empty().then_some(None);
             for protocol in protocols.chain(any) {
                 let case = Case {
-                    name,
+                    view,
                     uplink,
                     link,
+                    chain: &chain,
                     forward,
                     protocol,
-                    lan: &way.dev,
+                    lan: (!way.is_local).then_some(way.dev.as_str()),
+                    needs_mark_on_request,
                 };
-                for finding in journey(view, &case, &mut dropped) {
-                    // The same rule harms many forwards.
-                    if told.insert((finding.id, finding.fixes.clone())) {
-                        findings.push(finding.of(name));
-                    }
-                }
+                let finding = case.check(&mut dropped);
+                // One rule can harm many forwards.
+                let is_new = |it: &Finding| reported.insert((it.id, it.fixes.clone()));
+                findings.extend(finding.filter(is_new).map(|it| it.of(name)));
             }
         }
         findings.extend(dropped.finding(view, name, uplink, link));
@@ -69,255 +76,286 @@ pub fn check(view: &View, targets: &Targets) -> Vec<Finding> {
     findings
 }
 
-/// Requests and replies of a forward, chain by chain; what drops them is collected.
-fn journey(view: &View, case: &Case, dropped: &mut Dropped) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    let Case { link, forward, .. } = case;
-    let owners = &view.comparison.owners;
-    let uplink = link.interface.as_str();
-    let port = forward.ports.map(|ports| ports.first);
-    let mut request = Packet {
-        iif: Some(uplink),
-        destination: Some(link.address),
-        is_local: true,
-        protocol: case.protocol,
-        port,
-        states: &["NEW"],
-        ..Packet::default()
-    };
-    let (mut marks, mut end) = (Vec::new(), None);
-    let goal = case.name.chain();
-    for (_, ruleset) in &view.snapshot.rulesets {
-        for table in ["raw", "mangle"] {
-            let walk = walk(ruleset, table, "PREROUTING", None, &mut request);
-            end = end.or(walk.ended.clone().filter(|_| table == "mangle"));
-            marks.extend(dropped.take(case, table, "PREROUTING", walk));
-        }
-        let walk = walk(ruleset, "nat", "PREROUTING", Some(&goal), &mut request);
-        findings.extend(walk.ended.map(|place| ahead(case, &place)));
-    }
-    request.destination = Some(forward.to);
-    request.is_local = false;
-    request.oif = Some(case.lan);
-    request.port = forward.to_port.or(port);
-    request.states = &["NEW", "DNAT"];
-    for (_, ruleset) in &view.snapshot.rulesets {
-        for (table, chain) in [
-            ("mangle", "FORWARD"),
-            ("filter", "FORWARD"),
-            ("security", "FORWARD"),
-            ("mangle", "POSTROUTING"),
-        ] {
-            let walk = walk(ruleset, table, chain, None, &mut request);
-            marks.extend(dropped.take(case, table, chain, walk));
-        }
-    }
-    let Some(routing) = &case.uplink.routing else {
-        return findings;
-    };
-    let (mark, mask) = (routing.mark.value, routing.mark.mask);
-    let is_lost = request.connmark & mask != mark;
-    findings.extend(wiped(
-        owners,
-        &marks,
-        mask,
-        is_lost,
-        "connection's",
-        |bits| bits.1,
-    ));
-    if is_lost {
-        if findings.is_empty() {
-            findings.extend(end.map(|place| skipped(&place)));
-        }
-        return findings;
-    }
-    let mut reply = Packet {
-        iif: Some(case.lan),
-        source: Some(forward.to),
-        protocol: case.protocol,
-        states: &["ESTABLISHED", "DNAT"],
-        connmark: request.connmark,
-        ..Packet::default()
-    };
-    let (mut marks, mut end) = (Vec::new(), None);
-    for (_, ruleset) in &view.snapshot.rulesets {
-        for table in ["raw", "mangle"] {
-            let walk = walk(ruleset, table, "PREROUTING", None, &mut reply);
-            end = end.or(walk.ended.clone().filter(|_| table == "mangle"));
-            marks.extend(dropped.take(case, table, "PREROUTING", walk));
-        }
-    }
-    // What comes ahead of ours is set right by ours.
-    let behind: Vec<Marking> = marks
-        .into_iter()
-        .rev()
-        .take_while(|marking| !is_ours(owners, &marking.place))
-        .collect();
-    let is_lost = reply.mark & mask != mark;
-    let wiped = wiped(owners, &behind, mask, is_lost, "reply's", |bits| bits.0);
-    if is_lost && wiped.is_none() {
-        findings.extend(end.map(|place| skipped(&place)));
-    }
-    findings.extend(wiped);
-    reply.oif = Some(uplink);
-    for (_, ruleset) in &view.snapshot.rulesets {
-        for (table, chain) in [
-            ("mangle", "FORWARD"),
-            ("filter", "FORWARD"),
-            ("security", "FORWARD"),
-            ("mangle", "POSTROUTING"),
-        ] {
-            let walk = walk(ruleset, table, chain, None, &mut reply);
-            dropped.take(case, table, chain, walk);
-        }
-    }
-    findings
+/// Whether the way back to clients is by another link, unless the request carries our mark.
+fn filters_strictly(view: &View, link: &UplinkLink) -> bool {
+    let interface = link.interface.as_str();
+    let mut routes = view.snapshot.kernel.routing.routes.iter();
+    let is_default_link = routes.any(|route| {
+        route.table == TableId::MAIN
+            && route.is_default()
+            && route.dev.as_deref() == Some(interface)
+    });
+    !is_default_link && view.snapshot.rp_filter(interface) == 1
 }
 
-/// Whether a rule stands in a chain of ours, or is an entry of ours.
-fn is_ours(owners: &Owners, place: &Place) -> bool {
+/// What goes wrong with a forward's packets.
+enum Fault {
+    /// A rule or policy drops them.
+    Dropped(Hook, Place),
+    /// A foreign rule translates requests before our DNAT does, or exempts them from translation.
+    Taken(Place),
+    /// A rule changes our bits of a mark: the connection's, the request's or the reply's.
+    MarkChanged(&'static str, MarkChange),
+    /// A foreign rule ends the evaluation of the mangle table before ours.
+    MarkSkipped(Place),
+    /// Our mark is missing, and no foreign rule is the cause: our own entries are missing, which is reported elsewhere.
+    Unmarked,
+}
+
+impl Case<'_> {
+    /// Traces the packets. A fault is certain where it comes about whether foreign rules that may match do match or not.
+    fn check(&self, dropped: &mut Dropped) -> Option<Finding> {
+        let (fault, doubts) = self.trace(&[]);
+        let doubts = doubts.into_iter().filter(|doubt| !doubt.only_stops);
+        let trace = |assumed: &[Doubt]| Ok::<_, Infallible>(self.trace(assumed));
+        let Ok(others) = alternatives(doubts.collect(), trace);
+        let faults = || {
+            let others = others.outcomes.iter().map(|(_, fault)| fault.as_ref());
+            [fault.as_ref()].into_iter().chain(others)
+        };
+        let is_certain = others.are_all && faults().all(|fault| fault.is_some());
+        let mut not_drops = faults()
+            .flatten()
+            .filter_map(|it| self.finding(it, is_certain));
+        if let Some(finding) = not_drops.next() {
+            return Some(finding);
+        }
+        if let Some(Fault::Dropped(hook, place)) = &fault
+            && is_certain
+        {
+            dropped.add(self.service(), *hook, place);
+        }
+        None
+    }
+
+    /// Sends two requests and two replies through iptables: the second ones meet other rules, and marks may have changed.
+    fn trace(&self, assumed: &[Doubt]) -> (Option<Fault>, Vec<Doubt>) {
+        let context = Context {
+            rulesets: &self.view.snapshot.rulesets,
+            links: &self.view.snapshot.kernel.links,
+            assumed: assumed.to_vec(),
+            final_chain: Some(self.chain),
+        };
+        let port = self.forward.ports.map(|ports| ports.first);
+        let original = Header {
+            destination: Some(self.link.address),
+            destination_port: port,
+            ..Header::default()
+        };
+        let mut connection = Connection::new(self.protocol, original);
+        let mut doubts = Vec::new();
+        let mut pass = |hook, packet: &mut Packet, connection: &mut Connection| {
+            let mut passage = context.pass(hook, packet, connection);
+            doubts.append(&mut passage.doubts);
+            match passage.stopped.take() {
+                Some(place) => Err(Fault::Dropped(hook, place)),
+                None => Ok(passage),
+            }
+        };
+        let result = [Position::First, Position::Later]
+            .into_iter()
+            .try_for_each(|position| self.round(position, &mut connection, &mut pass));
+        (result.err(), doubts)
+    }
+
+    fn round(
+        &self,
+        position: Position,
+        connection: &mut Connection,
+        pass: &mut impl FnMut(Hook, &mut Packet, &mut Connection) -> Result<Passage, Fault>,
+    ) -> Result<(), Fault> {
+        let uplink = self.link.interface.to_string();
+        let lan = self.lan.map(str::to_owned);
+        let mut request = Packet {
+            iif: Some(uplink.clone()),
+            oif: None,
+            header: connection.original,
+            mark: 0,
+            position,
+        };
+        let mut passages = vec![pass(Hook::Prerouting, &mut request, connection)?];
+        let Passage {
+            accepted,
+            untracked,
+            ..
+        } = &passages[0];
+        let by_nat = |it: &&Place| it.table == "nat" && it.number > 0 && self.is_foreign(it);
+        let mut takers = untracked.iter().chain(accepted.iter().filter(by_nat));
+        if let Some(place) = takers.next() {
+            return Err(Fault::Taken(place.clone()));
+        }
+        self.judge("connection's", connection.mark, &passages)?;
+        if self.needs_mark_on_request {
+            self.judge("request's", request.mark, &passages)?;
+        }
+        connection.is_dnat = true;
+        request.header.destination = Some(self.forward.to);
+        request.header.destination_port =
+            self.forward.target(connection.original.destination_port).1;
+        request.oif = lan.clone();
+        let hooks: &[Hook] = match &lan {
+            Some(_) => &[Hook::Forward, Hook::Postrouting],
+            None => &[Hook::Input],
+        };
+        for hook in hooks {
+            passages.push(pass(*hook, &mut request, connection)?);
+        }
+        self.judge("connection's", connection.mark, &passages)?;
+
+        let mut reply = Packet {
+            iif: lan.clone(),
+            // Before the mark counts, the router's own replies can be routed elsewhere.
+            oif: lan.is_none().then(|| uplink.clone()),
+            header: request.header.reversed(),
+            mark: 0,
+            position: Position::Reply,
+        };
+        let first = lan.as_ref().map_or(Hook::Output, |_| Hook::Prerouting);
+        let passages = [pass(first, &mut reply, connection)?];
+        // Replies from the uplink's address need no mark.
+        if self.forward.to != self.link.address {
+            self.judge("reply's", reply.mark, &passages)?;
+        }
+        reply.oif = Some(uplink);
+        if lan.is_some() {
+            pass(Hook::Forward, &mut reply, connection)?;
+        }
+        pass(Hook::Postrouting, &mut reply, connection)?;
+        Ok(())
+    }
+
+    /// Whether a mark has our bits, and if not, which foreign rule is the cause.
+    fn judge(&self, whose: &'static str, mark: u32, passages: &[Passage]) -> Result<(), Fault> {
+        let routing = self.uplink.routing.as_ref();
+        let Some(ours) = routing
+            .map(|routing| routing.mark)
+            .filter(|it| !it.matches(mark))
+        else {
+            return Ok(());
+        };
+        let of_connection = whose == "connection's";
+        let mut changes = passages.iter().flat_map(|passage| &passage.marks);
+        let last = changes.rfind(|change| {
+            change.of_connection == of_connection && change.changed & ours.mask != 0
+        });
+        if let Some(change) = last.filter(|change| self.is_foreign(&change.place)) {
+            return Err(Fault::MarkChanged(whose, change.clone()));
+        }
+        // Our rules that mark are at the first hook.
+        let mut accepted = passages[0].accepted.iter();
+        let skips = |it: &&Place| it.table == "mangle" && it.number > 0;
+        Err(
+            match accepted.find(skips).filter(|it| self.is_foreign(it)) {
+                Some(place) => Fault::MarkSkipped(place.clone()),
+                None => Fault::Unmarked,
+            },
+        )
+    }
+
+    fn is_foreign(&self, place: &Place) -> bool {
+        is_foreign(&self.view.comparison.owners, place)
+    }
+
+    /// What is reported of a fault; nothing of packets that are dropped, which are reported together.
+    fn finding(&self, fault: &Fault, is_certain: bool) -> Option<Finding> {
+        let new = match is_certain {
+            true => Finding::stops,
+            false => Finding::harms,
+        };
+        let verb = |certain, uncertain| if is_certain { certain } else { uncertain };
+        match fault {
+            Fault::Dropped(..) | Fault::Unmarked => None,
+            Fault::Taken(place) => {
+                let what = format!(
+                    "{} {} {} of {} from our forwards",
+                    rule(place),
+                    verb("keeps", "may keep"),
+                    self.service(),
+                    self.link.address
+                );
+                Some(new("dnat-ahead", what))
+            }
+            Fault::MarkChanged(whose, change) => {
+                let mask = self.uplink.routing.as_ref()?.mark.mask;
+                let place = &change.place;
+                let what = format!(
+                    "{} {} bits of our mask {mask:#x} in the {whose} mark",
+                    rule(place),
+                    verb("changes", "may change")
+                );
+                let finding = new("mark-wiped", what);
+                let action = change.action.without(mask);
+                if action == action.without(u32::MAX) {
+                    return Some(finding.fix(place.deletion()));
+                }
+                // The same rule in the same place, for the other bits.
+                let (matches, _) = place.text.rsplit_once("-j ")?;
+                Some(
+                    finding
+                        .fix(place.command("-R", &format!("{} {matches}{action}", place.number))),
+                )
+            }
+            Fault::MarkSkipped(place) => {
+                let what = format!(
+                    "packets {} the mangle table before our rules mark them, by {}",
+                    verb("leave", "may leave"),
+                    rule(place)
+                );
+                // Our rules are at the end of the chain; this puts the foreign one after them.
+                let finding = new("mark-skipped", what);
+                let finding = finding.fix(place.command("-D", &place.number.to_string()));
+                Some(finding.fix(place.command("-A", &place.text)))
+            }
+        }
+    }
+
+    /// `tcp/80`, `udp/27015-27030`, `gre`, `everything`
+    fn service(&self) -> String {
+        match (self.protocol, self.forward.ports) {
+            (None, _) => "everything".into(),
+            (Some(protocol), None) => protocol.to_string(),
+            (Some(protocol), Some(ports)) => format!("{protocol}/{ports}"),
+        }
+    }
+}
+
+/// `"-t filter -A FORWARD -j DROP"`
+fn rule(place: &Place) -> String {
+    format!("\"-t {} -A {} {}\"", place.table, place.chain, place.text)
+}
+
+fn is_foreign(owners: &Owners, place: &Place) -> bool {
     let mut tables = Table::ALL.into_iter();
     let table = tables.find(|table| table.name() == place.table);
-    table.is_some_and(|table| {
-        let rule = Rule(place.rule.spec());
-        owners.owner(Entry::Rule(table, place.chain, &rule)) != Owner::Foreign
+    table.is_none_or(|table| {
+        let rule = Rule(place.text.to_string());
+        owners.owner(Entry::Rule(table, &place.chain, &rule)) == Owner::Foreign
     })
 }
 
-/// A rule that is not ours took the mark away, or may.
-fn wiped(
-    owners: &Owners,
-    marks: &[Marking],
-    mask: u32,
-    is_lost: bool,
-    whose: &str,
-    bits: fn((u32, u32)) -> u32,
-) -> Option<Finding> {
-    let mut theirs = marks
-        .iter()
-        .filter(|marking| bits(marking.bits) & mask != 0 && !is_ours(owners, &marking.place));
-    let desired = if is_lost { Fit::Always } else { Fit::Perhaps };
-    let marking = theirs.rfind(|marking| marking.fit == desired)?;
-    let place = &marking.place;
-    let text = format!(
-        "\"-t {} -A {} {}\" {} bits of our mask {mask:#x} in the {whose} mark",
-        place.table,
-        place.chain,
-        place.rule.spec(),
-        if is_lost { "changes" } else { "may change" },
-    );
-    let finding = if is_lost {
-        Finding::stops("mark-wiped", text)
-    } else {
-        Finding::harms("mark-wiped", text)
-    };
-    Some(match masked(place, mask) {
-        Some(command) => finding.fix(command),
-        None => finding,
-    })
-}
-
-/// The same rule in the same place, that leaves our bits alone.
-fn masked(place: &Place, mask: u32) -> Option<String> {
-    let index = place.rule.words.iter().position(|word| word == "-j")?;
-    let target = place.rule.words.get(index + 1)?;
-    let option = if let Some((nfmask, ctmask)) = transfer_masks(place.rule) {
-        let mut words = place.rule.words.iter();
-        let verb = words.find(|word| *word == "--save-mark" || *word == "--restore-mark")?;
-        format!(
-            "{verb} --nfmask {:#x} --ctmask {:#x}",
-            nfmask & !mask,
-            ctmask & !mask
-        )
-    } else {
-        let set = FwMark::parse(place.rule.value("--set-xmark")?)?;
-        let rest = FwMark {
-            value: set.value & !mask,
-            mask: set.mask & !mask,
-        };
-        format!("--set-xmark {rest}")
-    };
-    let mut words = vec!["-j".to_owned(), target.clone()];
-    words.splice(0..0, place.rule.words[..index].iter().cloned());
-    Some(format!(
-        "iptables -t {} -R {} {} {} {option}",
-        place.table,
-        place.chain,
-        place.number,
-        netfilter::join(&words)
-    ))
-}
-
-/// Another's rule let the packets out of the chain before they came to our marks.
-fn skipped(place: &Place) -> Finding {
-    let spec = place.rule.spec();
-    let what = format!(
-        "our marks are not reached: all packets leave ahead of them by \"-t mangle -A {} {spec}\"",
-        place.chain
-    );
-    // Ours go to the end of the chain, and so does this then.
-    Finding::stops("mark-skipped", what)
-        .fix(format!(
-            "iptables -t mangle -D {} {}",
-            place.chain, place.number
-        ))
-        .fix(format!("iptables -t mangle -A {} {spec}", place.chain))
-}
-
-/// Another's rule took the request before it came to our DNAT.
-fn ahead(case: &Case, place: &Place) -> Finding {
-    let what = format!(
-        "{} of {} does not come to our forwards: \"-t nat -A {} {}\" is ahead of them",
-        service(case),
-        case.link.address,
-        place.chain,
-        place.rule.spec()
-    );
-    Finding::stops("dnat-ahead", what)
-}
-
-/// `tcp/80`, `udp/27015-27030`, `gre`, `everything`
-fn service(case: &Case) -> String {
-    let protocol = match case.protocol {
-        Some(protocol) => protocol.to_string(),
-        None => return "everything".into(),
-    };
-    match case.forward.ports {
-        None => protocol,
-        Some(ports) => format!("{protocol}/{ports}"),
-    }
-}
-
-/// What is dropped of an uplink's forwards, and by what first.
+/// The forwards of an uplink whose packets are dropped.
 #[derive(Default)]
 struct Dropped {
     services: Vec<String>,
+    /// What drops the first of them.
     by: Option<String>,
-    is_forward: bool,
+    /// Whether some are dropped in the filter table's FORWARD.
+    in_forward: bool,
 }
 
 impl Dropped {
-    /// Notes what surely does not come through; the marks go on.
-    fn take<'a>(
-        &mut self,
-        case: &Case,
-        table: &str,
-        chain: &str,
-        walk: Walk<'a>,
-    ) -> Vec<Marking<'a>> {
-        let Some(last) = walk.droppers.last().filter(|_| !walk.passes) else {
-            return walk.markings;
-        };
-        let service = service(case);
+    fn add(&mut self, service: String, hook: Hook, place: &Place) {
         if self.services.last() != Some(&service) {
             self.services.push(service);
         }
-        self.is_forward |= (table, chain) == ("filter", "FORWARD");
-        self.by.get_or_insert_with(|| match last {
-            Some(place) => format!("\"-t {table} -A {} {}\"", place.chain, place.rule.spec()),
-            None => format!("{chain}'s policy in the table {table}, DROP"),
+        self.in_forward |= place.table == "filter" && hook == Hook::Forward;
+        self.by.get_or_insert_with(|| match place.number {
+            0 => format!(
+                "{}'s policy in the table {}, DROP",
+                place.chain, place.table
+            ),
+            _ => rule(place),
         });
-        walk.markings
     }
 
     fn finding(
@@ -328,39 +366,42 @@ impl Dropped {
         link: &UplinkLink,
     ) -> Option<Finding> {
         let what = format!(
-            "{} dropped, requests or replies: {} by {}",
-            count(self.services.len(), "forward is", "forwards are"),
+            "requests or replies of {} are dropped: {} by {}",
+            count(self.services.len(), "forward", "forwards"),
             few(self.services),
             self.by?
         );
         let finding = Finding::stops("forward-dropped", what).of(name);
-        let own = (Table::Filter, name.clone());
-        let accepts = |state: &State| {
-            let mut accepts = State::default();
-            let own_table = state.tables.get(&own).cloned();
-            accepts.insert(own.clone(), own_table.unwrap_or_default());
-            accepts
+        let key = (Table::Filter, name.clone());
+        let filter_rules = |state: &State| {
+            let mut rules = State::default();
+            rules.insert(
+                key.clone(),
+                state.tables.get(&key).cloned().unwrap_or_default(),
+            );
+            rules
         };
-        let stands = diff(
-            &accepts(&view.comparison.installed),
-            &accepts(&view.comparison.desired),
+        let comparison = &view.comparison;
+        let are_installed = diff(
+            &filter_rules(&comparison.installed),
+            &filter_rules(&comparison.desired),
         )
         .is_empty();
-        Some(match (self.is_forward, uplink.accept_forward, stands) {
-            (false, ..) => finding,
-            (true, false, _) => finding
+        Some(match (self.in_forward, uplink.accept_forward) {
+            (false, _) => finding,
+            (true, false) => finding
                 .fix(format!("[uplink.{name}] accept-forward = true"))
                 .fix("mh-hook sync"),
-            (true, true, false) => finding.fix("mh-hook sync"),
-            // Ours stand behind another's: they go in at the head.
-            (true, true, true) => finding
+            (true, true) if !are_installed => finding.fix("mh-hook sync"),
+            // A foreign rule comes before ours. Installed again, ours are the first.
+            (true, true) => finding
                 .fix(format!("mh-hook down {}", link.interface))
                 .fix(format!("mh-hook up {}", link.interface)),
         })
     }
 }
 
-/// What stands in the backend that is not in use.
+/// Checks the rules of the backend that is not in use: the kernel asks them, too.
 pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
     let Some((backend, ruleset)) = &snapshot.other_ruleset else {
         return Vec::new();
@@ -372,7 +413,7 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
         let finding = Finding::harms(
             "ours-in-the-other-backend",
             format!(
-                "entries of ours stand in {backend} too, which is not in use, and are in force: {}",
+                "{backend} is not in use, but has entries of ours, which are in force: {}",
                 few(&names)
             ),
         );
@@ -392,8 +433,8 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
     }
     if others > 0 {
         let what = format!(
-            "{} in {backend}, beside {}: both are in force, and each shows its own only",
-            count(others, "rule stands", "rules stand"),
+            "{backend} has {}, besides those of {}: both are in force, and each command lists its own rules only",
+            count(others, "foreign rule", "foreign rules"),
             snapshot.tools.backend
         );
         findings.push(Finding::note("both-backends", what));
@@ -401,7 +442,7 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
     findings
 }
 
-/// Chains of nftables that packets pass, and that iptables does not show.
+/// Reports the chains of nftables that forwarded packets pass, which iptables does not list and check does not read.
 ///
 /// # Errors
 /// nft can't be run.
@@ -410,14 +451,14 @@ pub fn nftables(snapshot: &Snapshot) -> Result<Option<Finding>> {
     let chains = foreign_chains(&listing);
     Ok((!chains.is_empty()).then(|| {
         let what = format!(
-            "packets pass chains of nftables, too, that are not looked into here: {}",
+            "packets also pass chains of nftables, which check does not read: {}",
             few(chains)
         );
         Finding::note("nftables", what).fix("nft list ruleset")
     }))
 }
 
-/// `table inet filter {`, `chain forward {`, `type filter hook forward priority filter; policy drop;`
+/// Parses `table inet filter {`, `chain forward {`, `type filter hook forward priority filter; policy drop;`
 fn foreign_chains(listing: &str) -> Vec<String> {
     let mut chains = Vec::new();
     let (mut table, mut chain) = ("", "");
@@ -429,7 +470,7 @@ fn foreign_chains(listing: &str) -> Vec<String> {
             chain = name;
         } else if let Some((_, hook)) = line.split_once(" hook ") {
             let (family, name) = table.split_once(' ').unwrap_or(("ip", table));
-            // What iptables-nft shows.
+            // Those that iptables-nft lists.
             let is_iptables =
                 family == "ip" && matches!(name, "raw" | "mangle" | "nat" | "filter" | "security");
             let is_passed = matches!(family, "ip" | "inet")

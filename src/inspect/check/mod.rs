@@ -20,7 +20,6 @@ mod routing;
 mod services;
 mod sysctl;
 mod versions;
-mod walk;
 
 /// The findings, and how much was checked.
 #[derive(Debug, Serialize)]

@@ -1,5 +1,5 @@
-//! The journey of one connection, there and back, hop by hop: what the kernel holds decides. Routes
-//! are asked of the kernel; the way through iptables is `packet`'s. Changes nothing.
+//! `mh-hook explain`: what happens to one connection on this router, there and back, hop by hop, with the entries that are
+//! installed now.
 
 mod ends;
 mod reason;
@@ -8,57 +8,54 @@ mod trace;
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use serde::Serialize;
 
 use crate::config::{Config, Uplink};
-use crate::inspect::explain::trace::Run;
-use crate::inspect::packet_trace::Place;
+use crate::inspect::explain::trace::{Failure, Inputs};
+use crate::inspect::packet_trace::{Doubt, Place, alternatives};
 use crate::inspect::report::{Report, Style, Tone, align};
 use crate::inspect::snapshot::Snapshot;
 use crate::model::forward::{Asked, Forward, Protocol};
 use crate::model::names::UplinkName;
 use crate::reconcile::event;
 
-/// How many doubtful rules are tried, each by a journey of its own.
-const MAX_DOUBTS: usize = 8;
-
-/// Whose journey is asked for.
+/// The connection to explain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// Who asks.
+    /// The address of the host that begins the connection.
     pub source: Ipv4Addr,
-    /// What is asked.
+    /// The protocol and destination port.
     pub service: Service,
-    /// Who is asked.
+    /// The destination.
     pub aim: Aim,
 }
 
-/// What is asked.
+/// A protocol and a destination port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Service {
-    /// The protocol.
     pub protocol: Protocol,
-    /// The destination port; none where the protocol has none.
+    /// None where the protocol has no ports.
     pub port: Option<u16>,
 }
 
-/// Who is asked.
+/// The destination of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Aim {
-    /// A client asks an uplink's address.
+    /// A client asks the address of an uplink's link.
     Uplink(UplinkName),
-    /// A client asks this address of ours.
+    /// A client asks this address of the router.
     Address(Ipv4Addr),
     /// A LAN host asks this address.
     FromLan(Ipv4Addr),
 }
 
 impl Question {
-    /// `CLIENT [PROTO/PORT]`, `--to UPLINK|ADDR`, `--from-lan HOST`.
+    /// Parses `CLIENT [PROTO/PORT]`, `--to UPLINK|ADDR`, `--from-lan HOST`.
     ///
     /// # Errors
-    /// What can't be read, and what has to be said because it does not follow from the configuration.
+    /// An argument can't be read, or one is missing that the configuration does not tell.
     pub fn parse(
         config: &Config,
         words: &[OsString],
@@ -128,7 +125,7 @@ fn aim(config: &Config, to: &OsString) -> Result<Aim> {
     Ok(Aim::Uplink(name))
 }
 
-/// The uplink that is meant where nobody says: the only one that has such a forward.
+/// The uplink that is meant without `--to`: the only one that has such a forward, or has forwards at all.
 fn likely(config: &Config, service: Option<Service>) -> Result<UplinkName> {
     let forwards = |uplink: &&Uplink| !uplink.forwards.is_empty();
     let fits = |uplink: &&Uplink| {
@@ -178,7 +175,7 @@ impl Service {
         Ok(Self { protocol, port })
     }
 
-    /// What a forward is there for.
+    /// The first port of a forward.
     fn of(forward: &Forward) -> Self {
         let protocol = forward.protocols.first().copied().unwrap_or(Protocol::Tcp);
         let port = forward.ports.map_or(80, |ports| ports.first);
@@ -188,7 +185,7 @@ impl Service {
         }
     }
 
-    /// What decides whether a forward takes it.
+    /// A request for this service, as forwards are asked whether they take it.
     pub fn asked_by(self, source: Option<Ipv4Addr>) -> Asked {
         Asked {
             source,
@@ -207,126 +204,141 @@ impl std::fmt::Display for Service {
     }
 }
 
-/// What becomes of a connection.
+/// The outcome of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// The reply arrives, as far as this router can tell.
     Answered,
-    /// It does not.
+    /// A packet is lost.
     Fails,
-    /// It depends on what can't be told.
+    /// That depends on rules of which nobody can tell whether they match.
     Unsure,
 }
 
-/// The direction of a hop.
+/// The packet that a hop is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
-    /// The request's.
+    /// The request.
     There,
-    /// The reply's.
+    /// The reply.
     Back,
-    /// That of the packets which follow, both ways; told only where one of them is lost.
+    /// One more packet each way; reported only if one of them is lost.
     Later,
 }
 
 /// One thing that happens to a packet.
 #[derive(Clone, Debug, Serialize)]
 pub struct Hop {
-    /// Of the request, of the reply or of what follows.
+    /// The packet.
     pub direction: Direction,
-    /// What it is about: `in`, `mark`, `nat`, `rp_filter`, `rule`, `route`, `filter`, `host`, `out`.
+    /// The subject: `in`, `mark`, `nat`, `rp_filter`, `rule`, `route`, `filter`, `host`, `out`.
     pub at: &'static str,
     /// What happens.
     pub what: String,
-    /// The rule of iptables that does it.
+    /// The iptables rule that makes it happen.
     pub rule: Option<Place>,
 }
 
-/// A journey.
+/// The report.
 #[derive(Clone, Debug, Serialize)]
 pub struct Explanation {
     /// The protocol's name.
     pub protocol: String,
-    /// The port that is asked.
+    /// The destination port.
     pub port: Option<u16>,
-    /// Who asks.
+    /// The source.
     pub from: Ipv4Addr,
-    /// The address that is asked; none where the uplink has none.
+    /// The destination; none where the uplink has no address.
     pub to: Option<Ipv4Addr>,
-    /// The uplink whose address that is.
+    /// The uplink that has the destination address.
     pub uplink: Option<String>,
-    /// What becomes of it.
+    /// The outcome.
     pub verdict: Verdict,
-    /// The same as a sentence, with the reason.
+    /// The outcome in a sentence, with the reason.
     pub sentence: String,
-    /// Commands, or lines of the configuration, that mend it.
-    pub mend: Vec<String>,
-    /// What may be otherwise.
+    /// Commands, or lines of the configuration, that fix a failure.
+    #[serde(rename = "mend")]
+    pub fixes: Vec<String>,
+    /// What may be different for some packets.
     pub caveats: Vec<String>,
-    /// The journey.
+    /// What happened, in order.
     pub hops: Vec<Hop>,
 }
 
-/// The journey that is asked for, by what stands now.
+/// Traces the connection.
 ///
 /// # Errors
 /// The kernel can't be asked.
 pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Result<Explanation> {
     let comparison = snapshot.compare(config)?;
-    let run = Run {
+    let inputs = Inputs {
         snapshot,
         config,
-        uplink_links: &comparison.links,
-        installed: &comparison.installed,
-        desired: &comparison.desired,
+        comparison: &comparison,
         question,
     };
-    let mut journey = run.journey(None)?;
-    let mut caveats = std::mem::take(&mut journey.caveats);
-    let mut is_sure = true;
-    for doubt in journey.doubts.iter().take(MAX_DOUBTS) {
-        let other = run.journey(Some(doubt))?.end;
-        if other.is_ok() != journey.end.is_ok() {
-            is_sure = false;
-            let then = match &other {
-                Ok(sentence) => sentence,
-                Err((why, _)) => why,
-            };
-            caveats.push(format!(
-                "it can't be told whether {} matches; if it does: {then}",
-                doubt
-            ));
-        }
+    let trace = inputs.trace(&[])?;
+    let mut caveats = trace.caveats;
+    let others = alternatives(trace.doubts, |assumed| {
+        let other = inputs.trace(assumed)?;
+        Ok::<_, Error>((other.end, other.doubts))
+    })?;
+    let is_success = trace.end.is_ok();
+    let differing = others
+        .outcomes
+        .iter()
+        .filter(|(_, end)| end.is_ok() != is_success);
+    let differing: Vec<String> = differing.map(|(it, end)| caveat(it, end)).collect();
+    let is_sure = others.are_all && differing.is_empty();
+    caveats.extend(differing);
+    if !others.are_all {
+        caveats.push(format!(
+            "more than {} rules may match or not, and not all of them were tried",
+            others.outcomes.len()
+        ));
     }
     if !snapshot.nft_tables.is_empty() {
         caveats.push(format!(
-            "nftables has tables of its own, which are not looked into: {}; see nft list ruleset",
+            "nftables has tables of its own, which explain does not read: {}; see nft list ruleset",
             snapshot.nft_tables.join(", ")
         ));
     }
-    let verdict = match &journey.end {
+    let verdict = match is_success {
         _ if !is_sure => Verdict::Unsure,
-        Ok(_) => Verdict::Answered,
-        Err(_) => Verdict::Fails,
+        true => Verdict::Answered,
+        false => Verdict::Fails,
     };
-    let (sentence, mend) = match journey.end {
+    let (sentence, fixes) = match trace.end {
         Ok(sentence) => (sentence, Vec::new()),
-        Err((why, mend)) => (why, mend),
+        Err(Failure { why, fixes }) => (why, fixes),
     };
     Ok(Explanation {
         protocol: question.service.protocol.to_string(),
         port: question.service.port,
         from: question.source,
-        to: journey.asked,
-        uplink: journey.uplink.map(|name| name.to_string()),
+        to: trace.asked,
+        uplink: trace.uplink.map(|name| name.to_string()),
         verdict,
         sentence,
-        mend,
+        fixes,
         caveats,
-        hops: journey.hops,
+        hops: trace.hops,
     })
+}
+
+/// What happens if these doubts come true.
+fn caveat(assumed: &[Doubt], end: &Result<String, Failure>) -> String {
+    let doubts: Vec<String> = assumed.iter().map(Doubt::to_string).collect();
+    let then = match end {
+        Ok(sentence) => sentence,
+        Err(failure) => &failure.why,
+    };
+    format!(
+        "it can't be told whether {}; if so: {then}",
+        doubts.join(", and whether ")
+    )
 }
 
 impl Report for Explanation {
@@ -381,8 +393,8 @@ impl Report for Explanation {
             Verdict::Unsure => (Tone::Doubtful, "unsure"),
         };
         text += &format!("{}: {}\n", style.paint(tone, word), self.sentence);
-        for mend in &self.mend {
-            text += &format!("mend: {mend}\n");
+        for fix in &self.fixes {
+            text += &format!("mend: {fix}\n");
         }
         for caveat in &self.caveats {
             text += &format!("but: {caveat}\n");

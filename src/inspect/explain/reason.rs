@@ -1,139 +1,124 @@
-//! Why a packet is lost, or goes elsewhere, and what mends that.
+//! Why a packet is lost or leaves by the wrong link, and what fixes that.
+
+use anyhow::Result;
 
 use crate::inspect::explain::Direction;
-use crate::inspect::explain::trace::{Journey, Stop, fails};
+use crate::inspect::explain::trace::{Failure, Stop, Trace, fail};
 use crate::inspect::packet_trace::{Connection, Hook, Packet, Place};
-use crate::kernel::conntrack::Tuple;
 use crate::kernel::ip::RouteLookup;
-use crate::kernel::sysctl;
+use crate::kernel::sysctl::src_valid_mark;
 use crate::model::forward::Forward;
 use crate::model::route::{FwMark, RouteRule, TableId};
-use crate::reconcile::diff::diff;
 
-impl Journey<'_> {
-    /// Why the kernel's answer is another link than that by which the request came, and what mends it.
-    pub(super) fn why_elsewhere(
+impl Trace<'_> {
+    /// Why the kernel routes the reply to another link than the request came in by.
+    pub(super) fn why_wrong_link(
         &self,
         back: &RouteLookup,
         reply: &Packet,
         connection: &Connection,
-    ) -> (String, Vec<String>) {
-        let Some((name, uplink)) = self
-            .uplink
-            .as_ref()
-            .and_then(|name| self.run.config.uplinks.get_key_value(name))
-        else {
-            return ("that link is no uplink's".into(), Vec::new());
+    ) -> Result<Failure> {
+        let failure = |why, fixes| Ok(Failure { why, fixes });
+        let Some((name, uplink)) = self.asked_uplink() else {
+            return failure("that link is no uplink's".into(), Vec::new());
         };
         let Some(routing) = &uplink.routing else {
-            return (
+            return failure(
                 format!("{name} has no table, so its connections are not marked"),
                 vec![format!("[uplink.{name}] table = 10")],
             );
         };
-        let FwMark { value, mask } = routing.mark;
-        let is_marked = |mark: u32| mark & mask == value;
-        let rule = self.rule_for(reply, back.table);
-        let by_rule = match rule {
-            Some(rule) => format!("the rule {:?} has decided", rule.listed()),
-            None => format!("table {} has decided", back.table.unwrap_or(TableId::MAIN)),
+        let FwMark { value, .. } = routing.mark;
+        let table = routing.table;
+        let deciding = self.rule_for(reply, back.table)?;
+        let by_rule = match deciding {
+            Some(rule) => format!("the rule {:?} decides", rule.listed()),
+            None => format!("table {} decides", back.table.unwrap_or(TableId::MAIN)),
         };
-        if reply.iif.is_none() {
-            let source = connection.original.destination;
-            let found = self.rules().any(|rule| {
-                rule.table() == Some(routing.table) && rule.from == Some(source.into())
-            });
-            return if back.table == Some(routing.table) {
-                self.wrong_route(routing.table)
-            } else if found {
-                (by_rule, self.mend(&rule_deletion(rule)))
+        let has_rule = |selects: &dyn Fn(&RouteRule) -> bool| {
+            let mut rules = self.rules();
+            rules.any(|rule| rule.table() == Some(table) && selects(rule))
+        };
+        let asked = connection.original.destination;
+        let is_from_asked = reply.iif.is_none() && reply.header.source == asked;
+        if is_from_asked && let Some(source) = asked {
+            return if back.table == Some(table) {
+                let (why, fixes) = self.wrong_route(table);
+                failure(why, fixes)
+            } else if has_rule(&|rule| rule.from == Some(source.into())) {
+                failure(by_rule, self.fixes(&rule_deletion(deciding)))
             } else {
-                (
-                    format!("no rule sends {source} to table {}", routing.table),
-                    self.mend(&[]),
+                failure(
+                    format!("no rule sends packets from {source} to table {table}"),
+                    self.fixes(&[]),
                 )
             };
         }
-        if !is_marked(connection.mark) {
-            let wiped = self.last_change(true, &is_marked);
-            return match wiped {
-                Some(place) => (
-                    format!("{} takes the mark {value:#x} off the connection", place),
-                    self.mend(&[place.deletion()]),
-                ),
-                None => (
-                    format!("nothing gives the connection the mark {value:#x}"),
-                    self.mend(&[]),
-                ),
-            };
-        }
-        if !is_marked(reply.mark) {
-            let wiped = self.last_change(false, &is_marked);
-            return match wiped {
-                Some(place) => (
-                    format!("{} takes the mark {value:#x} off the packet", place),
-                    self.mend(&[place.deletion()]),
-                ),
-                None => (
-                    format!(
-                        "nothing puts the connection's mark {value:#x} on packets from the LAN"
-                    ),
-                    self.mend(&[]),
-                ),
-            };
-        }
-        if back.table == Some(routing.table) {
-            return self.wrong_route(routing.table);
-        }
-        let mut rules = self.rules();
-        let ours = rules
-            .any(|rule| rule.table() == Some(routing.table) && rule.fwmark == Some(routing.mark));
-        if ours {
-            return (by_rule, self.mend(&rule_deletion(rule)));
-        }
-        (
-            format!(
-                "no rule sends the mark {value:#x} to table {}",
-                routing.table
+        for (of_connection, mark, whose, nobody) in [
+            (
+                true,
+                connection.mark,
+                "connection",
+                format!("no rule gives the connection the mark {value:#x}"),
             ),
-            self.mend(&[]),
+            (
+                false,
+                reply.mark,
+                "reply",
+                format!("no rule copies the connection's mark {value:#x} to the reply"),
+            ),
+        ] {
+            if routing.mark.matches(mark) {
+                continue;
+            }
+            return match self.mark_removal(of_connection, routing.mark) {
+                Some(place) => failure(
+                    format!("{place} takes the mark {value:#x} off the {whose}"),
+                    self.fixes(&[place.deletion()]),
+                ),
+                None => failure(nobody, self.fixes(&[])),
+            };
+        }
+        if back.table == Some(table) {
+            let (why, fixes) = self.wrong_route(table);
+            return failure(why, fixes);
+        }
+        if has_rule(&|rule| rule.fwmark == Some(routing.mark)) {
+            return failure(by_rule, self.fixes(&rule_deletion(deciding)));
+        }
+        failure(
+            format!("no rule sends packets with the mark {value:#x} to table {table}"),
+            self.fixes(&[]),
         )
     }
 
     fn wrong_route(&self, table: TableId) -> (String, Vec<String>) {
-        let mut routes = self.run.snapshot.kernel.routing.routes.iter();
+        let mut routes = self.inputs.snapshot.kernel.routing.routes.iter();
         let foreign = routes.find(|route| route.table == table && !route.is_ours());
         match foreign {
             Some(route) => (
                 format!("table {table} has the route {:?}", route.to_string()),
-                self.mend(&[format!("ip route del {route}")]),
+                self.fixes(&[format!("ip route del {route}")]),
             ),
             None => (
                 format!("table {table} has no default route by that link"),
-                self.mend(&[]),
+                self.fixes(&[]),
             ),
         }
     }
 
-    /// The change that took a mark away, if there was one to take.
-    fn last_change(&self, of_connection: bool, is_marked: &dyn Fn(u32) -> bool) -> Option<&Place> {
-        let changes = || {
-            self.marks
-                .iter()
-                .filter(move |change| change.of_connection == of_connection)
-        };
-        let had_it = changes().any(|change| is_marked(change.mark));
-        let last = changes().next_back().filter(|_| had_it)?;
-        (!is_marked(last.mark)).then_some(&last.place)
+    /// The rule that took our mark off, if the mark was there before.
+    fn mark_removal(&self, of_connection: bool, ours: FwMark) -> Option<&Place> {
+        let changes = self.marks.iter();
+        let mut changes = changes.filter(|change| change.of_connection == of_connection);
+        let had_mark = changes.clone().any(|change| ours.matches(change.mark));
+        let last = changes.next_back().filter(|_| had_mark)?;
+        (!ours.matches(last.mark)).then_some(&last.place)
     }
 
     /// What lets a packet pass that this rule or policy stops.
-    pub(super) fn let_pass(&self, hook: Hook, place: &Place) -> Vec<String> {
-        let uplink = self
-            .uplink
-            .as_ref()
-            .map(|name| (name, &self.run.config.uplinks[name]));
-        match uplink {
+    pub(super) fn fix_filter(&self, hook: Hook, place: &Place) -> Vec<String> {
+        match self.asked_uplink() {
             Some((name, uplink))
                 if hook == Hook::Forward && place.table == "filter" && !uplink.accept_forward =>
             {
@@ -141,55 +126,60 @@ impl Journey<'_> {
                     "[uplink.{name}] accept-forward = true, then: mh-hook sync"
                 )]
             }
-            _ if place.number == 0 => self.mend(&[format!(
-                "iptables -t {} -P {} ACCEPT, or a rule that accepts it",
-                place.table, place.chain
-            )]),
-            _ => self.mend(&[place.deletion()]),
+            _ if place.number == 0 => {
+                let command = place.command("-P", "ACCEPT");
+                self.fixes(&[format!("{command}, or a rule that accepts the packet")])
+            }
+            _ => self.fixes(&[place.deletion()]),
         }
     }
 
-    /// The refusals of `ip_route_input_slow` and `fib_validate_source` (net/ipv4/route.c,
-    /// fib_frontend.c), as strerror(3) has them.
+    /// Why the kernel refuses to route a packet. `words` is the refusal as strerror(3) has it (`ip_route_input_slow`,
+    /// `fib_validate_source`, net/ipv4/route.c, fib_frontend.c).
     pub(super) fn no_route(&mut self, packet: &Packet, words: &str) -> Result<RouteLookup, Stop> {
+        let tuple = packet.header.tuple()?;
+        let (source, destination) = (tuple.source, tuple.destination);
         let iif = packet.iif.clone().unwrap_or_default();
-        let Tuple {
-            source,
-            destination,
-            ..
-        } = packet.tuple;
-        // Newer kernels say of both that the argument is invalid.
-        let is_strict = sysctl::rp_filter(&iif) == 1;
-        let leads_elsewhere = || match self.run.snapshot.route_get(&source.to_string()) {
-            Ok(Ok(way)) => !way.is_local && way.dev != iif,
-            _ => true,
-        };
-        if words == "Invalid cross-device link"
-            || words == "Invalid argument" && is_strict && leads_elsewhere()
-        {
-            self.hop("rp_filter", format!("strict on {iif}: dropped"), None);
-            let loosen = format!("echo 2 > /proc/sys/net/ipv4/conf/{iif}/rp_filter");
-            let mend = self.mend(&[]);
-            return fails(
-                format!(
-                    "strict rp_filter on {iif} drops it: the way back to {source} is another link's"
-                ),
-                if mend.is_empty() { vec![loosen] } else { mend },
-            );
+        if self.is_filtered(packet, words)? {
+            let (how, why) = match self.inputs.snapshot.rp_filter(&iif) {
+                1 => ("strict", "the route back to it is by another link"),
+                _ => ("loose", "there is no route back to it"),
+            };
+            self.hop("rp_filter", format!("{how} on {iif}: dropped"), None);
+            let why = format!("{how} rp_filter on {iif} drops the packet from {source}: {why}");
+            let routing = self.asked_uplink().and_then(|(_, it)| it.routing.as_ref());
+            let mark = routing.map(|routing| routing.mark);
+            let removal = mark
+                .filter(|mark| !mark.matches(packet.mark))
+                .and_then(|mark| self.mark_removal(false, mark));
+            if let Some(place) = removal {
+                let why = format!("{why}; {place} takes our mark off the packet");
+                return fail(why, self.fixes(&[place.deletion()]));
+            }
+            let fixes = match self.fixes(&[]) {
+                fixes if fixes.is_empty() => {
+                    let value = if how == "strict" { 2 } else { 0 };
+                    vec![format!(
+                        "echo {value} > /proc/sys/net/ipv4/conf/{iif}/rp_filter"
+                    )]
+                }
+                fixes => fixes,
+            };
+            return fail(why, fixes);
         }
-        let forwards = |name: &str| {
-            sysctl::read(&format!("net/ipv4/conf/{name}/forwarding")).as_deref() == Some("1")
-        };
-        if words == "No route to host" && !iif.is_empty() && !forwards(&iif) {
-            let mend = if sysctl::read("net/ipv4/ip_forward").as_deref() == Some("1") {
-                format!("echo 1 > /proc/sys/net/ipv4/conf/{iif}/forwarding")
+        let root = &self.inputs.snapshot.root;
+        let is_on = |path: &str| root.sysctl(path).as_deref() == Some("1");
+        let own_switch = format!("net/ipv4/conf/{iif}/forwarding");
+        if words == "No route to host" && !iif.is_empty() && !is_on(&own_switch) {
+            let fix = if is_on("net/ipv4/ip_forward") {
+                format!("echo 1 > /proc/sys/{own_switch}")
             } else {
                 "sysctl -w net.ipv4.ip_forward=1 (and net.ipv4.ip_forward = 1 in a file in /etc/sysctl.d)".into()
             };
             self.hop("route", "none: this router does not forward", None);
-            return fails(
-                format!("forwarding is off for what comes by {iif}"),
-                vec![mend],
+            return fail(
+                format!("forwarding is off for packets that come in by {iif}"),
+                vec![fix],
             );
         }
         self.hop("route", format!("none to {destination}: {words}"), None);
@@ -199,67 +189,102 @@ impl Journey<'_> {
             }
             _ => format!("the kernel has no route to {destination} for it: {words}"),
         };
-        let closed = self.uplink.as_ref().is_some_and(|name| {
-            let routing = self.run.config.uplinks[name].routing.as_ref();
-            let table = routing.map(|routing| routing.table);
-            let mut routes = self.run.snapshot.kernel.routing.routes.iter();
-            table.is_some()
-                && !routes.any(|route| Some(route.table) == table && route.dev.is_some())
+        let routing = self.asked_uplink().and_then(|(_, it)| it.routing.as_ref());
+        let is_closed = routing.is_some_and(|routing| {
+            let mut routes = self.inputs.snapshot.kernel.routing.routes.iter();
+            !routes.any(|route| route.table == routing.table && route.dev.is_some())
         });
-        let why = if closed && self.direction != Direction::There {
+        let why = if is_closed && self.direction != Direction::There {
             format!("{why}; the uplink's table has no route by its link")
         } else {
             why
         };
-        fails(why, self.mend(&[]))
+        fail(why, self.fixes(&[]))
     }
 
-    /// Why nothing redirected the request.
-    pub(super) fn no_forward(&self) -> (String, Vec<String>) {
-        let service = self.run.question.service;
-        let Some(name) = &self.uplink else {
-            return (format!("no forward is for {service}"), Vec::new());
+    /// Whether a refusal is the reverse path filter's. Newer kernels answer "Invalid argument" for this and for an impossible
+    /// source.
+    fn is_filtered(&self, packet: &Packet, words: &str) -> Result<bool> {
+        let iif = packet.iif.as_deref().unwrap_or_default();
+        let filter = self.inputs.snapshot.rp_filter(iif);
+        match words {
+            "Invalid cross-device link" => return Ok(true),
+            "Invalid argument" if filter != 0 => {}
+            _ => return Ok(false),
+        }
+        let mut question = packet.header.tuple()?.source.to_string();
+        let counts_mark = |name| {
+            let path = src_valid_mark(name);
+            self.inputs.snapshot.root.sysctl(&path).as_deref() == Some("1")
         };
-        let mut forwards = self.run.config.uplinks[name].forwards.iter();
-        let source = self.run.question.source;
-        let lets_in = |forward: &&Forward| forward.takes(service.asked_by(Some(source)));
-        let fitting: Vec<&Forward> = forwards
-            .by_ref()
+        if packet.mark != 0 && (counts_mark(iif) || counts_mark("all")) {
+            question += &format!(" mark {:#x}", packet.mark);
+        }
+        Ok(match self.inputs.snapshot.route_get(&question)? {
+            Ok(way) => !way.is_local && filter == 1 && way.dev != iif,
+            Err(_) => true,
+        })
+    }
+
+    /// Why no forward took the request.
+    pub(super) fn no_forward(&self) -> Failure {
+        let service = self.inputs.question.service;
+        if let Some(place) = &self.untracked {
+            return Failure {
+                why: format!("{place} keeps the connection from all forwards"),
+                fixes: vec![place.deletion()],
+            };
+        }
+        let Some((name, uplink)) = self.asked_uplink() else {
+            return Failure {
+                why: format!("no forward is for {service}"),
+                fixes: Vec::new(),
+            };
+        };
+        let source = self.inputs.question.source;
+        let forwards = uplink.forwards.iter();
+        let of_service: Vec<&Forward> = forwards
             .filter(|forward| forward.takes(service.asked_by(None)))
             .collect();
-        if fitting.iter().any(lets_in) {
-            return (
-                format!("the forward of {service} that {name} has does not stand in the kernel"),
-                self.mend(&[]),
-            );
-        }
-        if !fitting.is_empty() {
-            return (
-                format!("the forward of {service} that {name} has is not for {source}"),
+        let takes_source = |forward: &&Forward| forward.takes(service.asked_by(Some(source)));
+        let (why, fixes) = if of_service.iter().any(takes_source) {
+            (
+                format!("{name}'s forward of {service} is not installed"),
+                self.fixes(&[]),
+            )
+        } else if !of_service.is_empty() {
+            (
+                format!("{name}'s forward of {service} is not for {source}"),
                 vec![format!("[uplink.{name}] forward: from = [\"{source}/32\"]")],
-            );
-        }
-        let port = service
-            .port
-            .map_or(String::new(), |port| format!(", port = {port}"));
-        (
-            format!("{name} has no forward of {service}"),
-            vec![format!(
-                "[uplink.{name}] forward = [{{ proto = \"{}\"{port}, to = \"…\" }}]",
-                service.protocol
-            )],
-        )
+            )
+        } else {
+            let port = service
+                .port
+                .map_or(String::new(), |port| format!(", port = {port}"));
+            (
+                format!("{name} has no forward of {service}"),
+                vec![format!(
+                    "[uplink.{name}] forward = [{{ proto = \"{}\"{port}, to = \"…\" }}]",
+                    service.protocol
+                )],
+            )
+        };
+        Failure { why, fixes }
     }
 
-    /// Ours by a `sync`, if anything of ours is missing or too much; else what is given.
-    pub(super) fn mend(&self, other: &[String]) -> Vec<String> {
-        let drifted = !diff(&self.run.installed, self.run.desired).is_empty();
-        let sync = drifted.then(|| "mh-hook sync".to_owned());
-        other.iter().cloned().chain(sync).collect()
+    /// These fixes, and `mh-hook sync` if entries of ours are missing or extra.
+    pub(super) fn fixes(&self, others: &[String]) -> Vec<String> {
+        let comparison = self.inputs.comparison;
+        let steps = self
+            .inputs
+            .snapshot
+            .steps(&comparison.installed, &comparison.desired);
+        let sync = (!steps.is_empty()).then(|| "mh-hook sync".to_owned());
+        others.iter().cloned().chain(sync).collect()
     }
 }
 
-/// What takes a rule away that is neither ours nor the kernel's own.
+/// The command that deletes a rule, unless it is one of ours or of the kernel's own.
 fn rule_deletion(rule: Option<&RouteRule>) -> Vec<String> {
     let rule = rule.filter(|rule| !rule.is_ours() && rule.priority < 32766);
     let command = rule.map(|rule| format!("ip rule del {rule}"));

@@ -1,106 +1,103 @@
-//! One journey: a connection's first packet and the reply to it, from hook to hook. Routes are asked
-//! of the kernel, the way through iptables is `packet`'s.
+//! Traces one connection: the first request, the reply, and one more packet each way, from hook to hook. The kernel answers
+//! for routes and reverse path filtering, `packet_trace` for iptables.
 
 use std::net::Ipv4Addr;
 
 use anyhow::{Error, Result};
 use ipnetwork::Ipv4Network;
 
-use crate::config::Config;
+use crate::config::{Config, Uplink};
 use crate::inspect::explain::{Aim, Direction, Hop, Question};
 use crate::inspect::packet_trace::{
-    Connection, Ground, Hook, MarkChange, Packet, Passage, Place, Turn,
+    Connection, Context, Doubt, Header, Hook, MarkChange, Packet, Passage, Place, Position,
+    is_interface,
 };
-use crate::inspect::snapshot::Snapshot;
+use crate::inspect::snapshot::{Comparison, Snapshot};
 use crate::kernel::conntrack::Tuple;
 use crate::kernel::ip::RouteLookup;
-use crate::kernel::sysctl;
+use crate::kernel::link::Link;
 use crate::model::forward::Protocol;
-use crate::model::link::{UplinkLink, UplinkLinks};
 use crate::model::names::UplinkName;
 use crate::model::route::{RouteRule, TableId};
-use crate::model::state::State;
 
-/// The port that a client has: one of those that Linux gives (ip_local_port_range).
+/// A port that Linux gives to clients (`ip_local_port_range`).
 const CLIENT_PORT: u16 = 50000;
 
-/// What all journeys for one question have in common.
+/// What all traces for one question have in common.
 #[derive(Clone, Copy, Debug)]
-pub struct Run<'a> {
-    /// The machine.
+pub struct Inputs<'a> {
     pub snapshot: &'a Snapshot,
-    /// The configuration.
     pub config: &'a Config,
-    /// The uplinks' links.
-    pub uplink_links: &'a UplinkLinks,
-    /// Our installed entries.
-    pub installed: &'a State,
-    /// Our desired entries.
-    pub desired: &'a State,
-    /// What is asked.
+    pub comparison: &'a Comparison,
     pub question: &'a Question,
 }
 
-impl<'a> Run<'a> {
-    /// A journey, with a rule that is taken to match.
+impl<'a> Inputs<'a> {
+    /// Traces the connection, with doubts that are assumed to come true.
     ///
     /// # Errors
     /// The kernel can't be asked.
-    pub fn journey(self, assumed: Option<&'a Place>) -> Result<Journey<'a>> {
-        let mut journey = Journey {
-            run: self,
-            ground: Ground {
+    pub fn trace(self, assumed: &[Doubt]) -> Result<Trace<'a>> {
+        let mut trace = Trace {
+            inputs: self,
+            context: Context {
                 rulesets: &self.snapshot.rulesets,
                 links: &self.snapshot.kernel.links,
-                assumed,
+                assumed: assumed.to_vec(),
+                final_chain: None,
             },
             uplink: None,
             asked: None,
             direction: Direction::There,
             hops: Vec::new(),
             marks: Vec::new(),
+            untracked: None,
             doubts: Vec::new(),
             caveats: Vec::new(),
             end: Ok(String::new()),
         };
-        journey.end = match journey.go() {
+        trace.end = match trace.run() {
             Ok(sentence) => Ok(sentence),
-            Err(Stop::Fails { why, mend }) => Err((why, mend)),
-            Err(Stop::Broken(error)) => return Err(error),
+            Err(Stop::Failure(failure)) => Err(failure),
+            Err(Stop::Error(error)) => return Err(error),
         };
-        Ok(journey)
+        Ok(trace)
     }
 }
 
-/// Why a journey does not go on.
+/// Where and why a packet is lost.
+#[derive(Debug)]
+pub struct Failure {
+    /// A sentence.
+    pub why: String,
+    /// Commands, or lines of the configuration, that fix it.
+    pub fixes: Vec<String>,
+}
+
+/// Why a trace ends early.
 pub(super) enum Stop {
     /// The packet is lost.
-    Fails {
-        /// Where and why.
-        why: String,
-        /// What mends it.
-        mend: Vec<String>,
-    },
+    Failure(Failure),
     /// The kernel could not be asked.
-    Broken(Error),
+    Error(Error),
 }
 
 impl From<Error> for Stop {
     fn from(error: Error) -> Self {
-        Self::Broken(error)
+        Self::Error(error)
     }
 }
 
-pub(super) fn fails<T>(why: impl Into<String>, mend: Vec<String>) -> Result<T, Stop> {
+pub(super) fn fail<T>(why: impl Into<String>, fixes: Vec<String>) -> Result<T, Stop> {
     let why = why.into();
-    Err(Stop::Fails { why, mend })
+    Err(Stop::Failure(Failure { why, fixes }))
 }
 
-/// One journey, hop by hop.
+/// The trace of a connection, hop by hop.
 #[derive(Debug)]
-pub struct Journey<'a> {
-    pub(super) run: Run<'a>,
-    ground: Ground<'a>,
+pub struct Trace<'a> {
+    pub(super) inputs: Inputs<'a>,
+    context: Context<'a>,
     /// The uplink whose address is asked.
     pub uplink: Option<UplinkName>,
     /// The address that is asked.
@@ -109,18 +106,20 @@ pub struct Journey<'a> {
     /// What happened, in order.
     pub hops: Vec<Hop>,
     pub(super) marks: Vec<MarkChange>,
-    /// Rules of which it can't be told whether they match.
-    pub doubts: Vec<Place>,
-    /// What may be otherwise.
+    /// The rule that exempts the connection from tracking.
+    pub(super) untracked: Option<Place>,
+    /// What may happen instead.
+    pub doubts: Vec<Doubt>,
+    /// What may be different for some packets.
     pub caveats: Vec<String>,
-    /// What became of it, as a sentence; or why it fails, and what mends that.
-    pub end: Result<String, (String, Vec<String>)>,
+    /// The outcome in a sentence, or the failure.
+    pub end: Result<String, Failure>,
 }
 
-impl<'a> Journey<'a> {
-    fn go(&mut self) -> Result<String, Stop> {
-        match &self.run.question.aim {
-            Aim::Uplink(name) => self.ask_uplink(&name.clone()),
+impl<'a> Trace<'a> {
+    fn run(&mut self) -> Result<String, Stop> {
+        match &self.inputs.question.aim {
+            Aim::Uplink(name) => self.ask_uplink(name),
             Aim::Address(address) => self.ask_address(*address),
             Aim::FromLan(destination) => self.by_lan_host(*destination),
         }
@@ -128,23 +127,23 @@ impl<'a> Journey<'a> {
 
     fn ask_uplink(&mut self, name: &UplinkName) -> Result<String, Stop> {
         self.uplink = Some(name.clone());
-        if let Some(Some(link)) = self.run.uplink_links.get(name) {
+        if let Some(Some(link)) = self.inputs.comparison.links.get(name) {
             self.asked = Some(link.address);
             return self.by_client(link.interface.as_str(), link.address);
         }
-        let identity = &self.run.config.uplinks[name].identity;
+        let identity = &self.inputs.config.uplinks[name].identity;
         let Some(interface) = &identity.interface else {
-            return fails(
-                format!("{name} has no link: nothing that stands tells which interface is its"),
+            return fail(
+                format!("{name} has no link: no installed entry tells which interface it uses"),
                 vec![format!("dial it, or: mh-hook up IFNAME --uplink {name}")],
             );
         };
-        let how = match self.run.snapshot.kernel.links.get(interface.as_str()) {
+        let how = match self.link(interface.as_str()) {
             None => "does not exist",
             Some(link) if !link.up => "is down",
-            Some(_) => "has no address that entries stand for",
+            Some(_) => "has no address that installed entries are for",
         };
-        fails(
+        fail(
             format!("{name} has no link: {interface} {how}"),
             vec![format!("dial it, then: mh-hook up {interface}")],
         )
@@ -152,22 +151,18 @@ impl<'a> Journey<'a> {
 
     fn ask_address(&mut self, address: Ipv4Addr) -> Result<String, Stop> {
         self.asked = Some(address);
-        let has = |name: &&String| {
-            self.run.snapshot.kernel.links[*name]
-                .addresses
-                .contains(&address)
-        };
-        let Some(interface) = self.run.snapshot.kernel.links.keys().find(has).cloned() else {
-            return fails(
+        let mut links = self.inputs.snapshot.kernel.links.iter();
+        let Some((interface, _)) = links.find(|(_, link)| link.addresses.contains(&address)) else {
+            return fail(
                 format!("no link of this router has the address {address}"),
                 Vec::new(),
             );
         };
-        self.uplink = self.uplink_of(&interface);
-        self.by_client(&interface, address)
+        self.uplink = self.uplink_of(interface);
+        self.by_client(interface, address)
     }
 
-    /// A client's request by a link, and its reply.
+    /// A client's request that comes in by a link, and the reply.
     fn by_client(&mut self, interface: &str, address: Ipv4Addr) -> Result<String, Stop> {
         let (mut packet, mut connection) = self.begin(interface, address);
         let owner = match &self.uplink {
@@ -179,27 +174,28 @@ impl<'a> Journey<'a> {
         if way.is_local {
             return self.own_service(packet, connection, interface);
         }
-        let at = self.host(&packet.tuple);
         self.pass_through(&way, &mut packet, &mut connection)?;
+        let tuple = packet.header.tuple()?;
+        let server = host(tuple);
         if let Some(uplink) = self.uplink_of(&way.dev) {
-            return fails(
+            return fail(
                 format!(
-                    "{at} is not on the LAN: it is reached by {}, the link of {uplink}",
+                    "{server} is not on the LAN: the route to it is by {}, the link of {uplink}",
                     way.dev
                 ),
                 vec![format!(
                     "to = \"…\": the address of a LAN host; see ip route get {}",
-                    packet.tuple.destination
+                    tuple.destination
                 )],
             );
         }
-        self.hop("out", format!("by {} to {at}", way.dev), None);
-        self.neighbour(&way, packet.tuple.destination)?;
-        self.silence(&packet.tuple)?;
-        self.earlier(&connection, &packet.tuple);
+        self.hop("out", format!("by {} to {server}", way.dev), None);
+        self.neighbour(&way, tuple.destination)?;
+        self.unanswered(tuple)?;
+        self.earlier_connections(connection.original.tuple()?, tuple);
 
-        let mut reply = self.turn(&packet, Some(way.dev.clone()));
-        self.hop("in", format!("by {} from {at}", way.dev), None);
+        let mut reply = self.reply_to(&packet, Some(way.dev.clone()));
+        self.hop("in", format!("by {} from {server}", way.dev), None);
         let back = self.come_back(&mut reply, &mut connection)?;
         self.pass_through(&back, &mut reply, &mut connection)?;
         let sentence = self.leave(&back, &reply, &connection, interface)?;
@@ -207,116 +203,103 @@ impl<'a> Journey<'a> {
         Ok(sentence)
     }
 
-    /// The router itself is asked.
+    /// A request to the router itself, and the reply.
     fn own_service(
         &mut self,
         mut packet: Packet,
         mut connection: Connection,
         interface: &str,
     ) -> Result<String, Stop> {
-        let passage = self.ground.pass(Hook::Input, &mut packet, &mut connection);
-        self.tell(Hook::Input, passage)?;
-        self.listens(&packet.tuple, &connection)?;
+        self.pass(Hook::Input, &mut packet, &mut connection)?;
+        self.listens(packet.header.tuple()?, &connection)?;
         self.hop("host", "this router itself answers", None);
 
-        let mut reply = self.turn(&packet, None);
+        let mut reply = self.reply_to(&packet, None);
         let mut back = self.route(&reply)?;
         reply.oif = Some(back.dev.clone());
         let mark = reply.mark;
-        let passage = self.ground.pass(Hook::Output, &mut reply, &mut connection);
-        self.tell(Hook::Output, passage)?;
+        self.pass(Hook::Output, &mut reply, &mut connection)?;
         if reply.mark != mark {
-            // What mangle's OUTPUT marks is routed anew (ipt_mangle_out, iptable_mangle.c).
+            // A packet whose mark changes in OUTPUT is routed again (`ipt_mangle_out`, net/ipv4/netfilter/iptable_mangle.c).
             back = self.route(&reply)?;
             reply.oif = Some(back.dev.clone());
         }
-        self.tell_route(&reply, &back);
-        let passage = self
-            .ground
-            .pass(Hook::Postrouting, &mut reply, &mut connection);
-        self.tell(Hook::Postrouting, passage)?;
+        self.report_route(&reply, &back)?;
+        self.pass(Hook::Postrouting, &mut reply, &mut connection)?;
         self.leave(&back, &reply, &connection, interface)
     }
 
-    /// A LAN host's own request, and its reply.
+    /// A LAN host's own request, and the reply.
     fn by_lan_host(&mut self, destination: Ipv4Addr) -> Result<String, Stop> {
         self.asked = Some(destination);
-        let host = self.run.question.source;
-        let interface = match self.run.snapshot.route_get(&host.to_string())? {
-            Ok(way) if self.is_lan(&way.dev) && !way.is_local => way.dev,
+        let host_address = self.inputs.question.source;
+        let interface = match self.inputs.snapshot.route_get(&host_address.to_string())? {
+            Ok(way) if self.leads_to_lan(&way) => way.dev,
             Ok(way) => {
-                let interfaces: Vec<String> = self
-                    .run
-                    .config
-                    .lan
-                    .interfaces
-                    .iter()
-                    .map(ToString::to_string)
-                    .collect();
-                return fails(
+                return fail(
                     format!(
-                        "{host} is not on the LAN ({}): this router reaches it by {}",
-                        interfaces.join(", "),
+                        "{host_address} is not on the LAN: this router reaches it by {}",
                         way.dev
                     ),
                     Vec::new(),
                 );
             }
             Err(words) => {
-                return fails(
-                    format!("this router has no route to {host}: {words}"),
+                return fail(
+                    format!("this router has no route to {host_address}: {words}"),
                     Vec::new(),
                 );
             }
         };
         let (mut packet, mut connection) = self.begin(&interface, destination);
-        self.hop("in", format!("by {interface} from {host}"), None);
+        self.hop("in", format!("by {interface} from {host_address}"), None);
         let way = self.come_in(&mut packet, &mut connection)?;
         if way.is_local {
             return self.own_service(packet, connection, &interface);
         }
         self.pass_through(&way, &mut packet, &mut connection)?;
-        let source = packet.tuple.source;
-        let at = self.host(&packet.tuple);
+        let tuple = packet.header.tuple()?;
+        let source = tuple.source;
+        let server = host(tuple);
         let as_whom = if connection.is_snat {
             format!(" as {source}")
         } else {
             String::new()
         };
-        self.hop("out", format!("by {} to {at}{as_whom}", way.dev), None);
-        if self.is_lan(&way.dev) {
-            self.neighbour(&way, packet.tuple.destination)?;
+        self.hop("out", format!("by {} to {server}{as_whom}", way.dev), None);
+        if self.leads_to_lan(&way) {
+            self.neighbour(&way, tuple.destination)?;
             if way.dev == interface && connection.is_dnat && !connection.is_snat {
-                return fails(
+                return fail(
                     format!(
-                        "{} answers {host} directly, from an address that was never asked",
-                        packet.tuple.destination
+                        "{} answers {host_address} directly, with a source that {host_address} did not ask",
+                        tuple.destination
                     ),
-                    self.mend(&[]),
+                    self.fixes(&[]),
                 );
             }
-        } else if !self.run.snapshot.kernel.links[&way.dev]
-            .addresses
-            .contains(&source)
+        } else if self
+            .link(&way.dev)
+            .is_none_or(|link| !link.addresses.contains(&source))
         {
             let uplink = self.uplink_of(&way.dev);
-            let mend = match &uplink {
-                Some(name) if !self.run.config.uplinks[name].masquerade => {
+            let fixes = match &uplink {
+                Some(name) if !self.inputs.config.uplinks[name].masquerade => {
                     vec![format!("[uplink.{name}] masquerade = true")]
                 }
-                _ => self.mend(&[]),
+                _ => self.fixes(&[]),
             };
-            return fails(
+            return fail(
                 format!(
                     "it leaves by {} with the source {source}, which is not an address of that link: the provider drops it",
                     way.dev
                 ),
-                mend,
+                fixes,
             );
         }
 
-        let mut reply = self.turn(&packet, Some(way.dev.clone()));
-        self.hop("in", format!("by {} from {at}", way.dev), None);
+        let mut reply = self.reply_to(&packet, Some(way.dev.clone()));
+        self.hop("in", format!("by {} from {server}", way.dev), None);
         let back = self.come_back(&mut reply, &mut connection)?;
         self.pass_through(&back, &mut reply, &mut connection)?;
         let sentence = self.leave(&back, &reply, &connection, &interface)?;
@@ -324,118 +307,98 @@ impl<'a> Journey<'a> {
         Ok(sentence)
     }
 
-    /// What follows on a connection, one packet each way: other rules may hold for it, and marks may
-    /// have changed.
+    /// One more packet each way: other rules may match, and marks may have changed. Reported only if one is lost.
     fn go_on(
         &mut self,
         first: &Packet,
         connection: &mut Connection,
         interface: &str,
     ) -> Result<(), Stop> {
-        let shown = self.hops.len();
+        let reported = self.hops.len();
         self.direction = Direction::Later;
         let mut packet = Packet {
             oif: None,
-            tuple: connection.original,
+            header: connection.original,
             mark: 0,
-            turn: Turn::Later,
+            position: Position::Later,
             ..first.clone()
         };
-        let passage = self.ground.pass(Hook::Prerouting, &mut packet, connection);
-        self.tell(Hook::Prerouting, passage)?;
-        // conntrack does again what nat did to the first.
-        packet.tuple.destination = first.tuple.destination;
-        packet.tuple.ports = first.tuple.ports;
+        self.pass(Hook::Prerouting, &mut packet, connection)?;
+        // conntrack translates the destination as it did for the first packet.
+        packet.header.destination = first.header.destination;
+        packet.header.destination_port = first.header.destination_port;
         let way = self.route(&packet)?;
-        self.tell_route(&packet, &way);
+        self.report_route(&packet, &way)?;
         self.pass_through(&way, &mut packet, connection)?;
-        let mut reply = self.turn(first, Some(way.dev.clone()));
+        let mut reply = self.reply_to(first, Some(way.dev));
         let back = self.come_back(&mut reply, connection)?;
         self.pass_through(&back, &mut reply, connection)?;
         self.leave(&back, &reply, connection, interface)?;
-        self.hops.truncate(shown);
+        self.hops.truncate(reported);
         Ok(())
     }
 
-    /// The first packet, at the interface by which it comes in.
+    /// The first packet, as it comes in by an interface.
     fn begin(&self, interface: &str, destination: Ipv4Addr) -> (Packet, Connection) {
         let Question {
             source, service, ..
-        } = self.run.question;
-        let tuple = Tuple {
-            source: *source,
-            destination,
-            ports: service.port.map(|port| (CLIENT_PORT, port)),
+        } = self.inputs.question;
+        let header = Header {
+            source: Some(*source),
+            destination: Some(destination),
+            source_port: service.port.map(|_| CLIENT_PORT),
+            destination_port: service.port,
         };
         let packet = Packet {
             iif: Some(interface.to_owned()),
             oif: None,
-            tuple,
+            header,
             mark: 0,
-            turn: Turn::First,
+            position: Position::First,
         };
-        let connection = Connection {
-            protocol: service.protocol.number(),
-            original: tuple,
-            is_dnat: false,
-            is_snat: false,
-            is_untracked: false,
-            mark: 0,
-        };
-        (packet, connection)
+        (packet, Connection::new(Some(service.protocol), header))
     }
 
-    /// The reply to a packet, as its receiver sends it.
-    fn turn(&mut self, packet: &Packet, iif: Option<String>) -> Packet {
+    /// The reply to a packet, as the receiver sends it.
+    fn reply_to(&mut self, packet: &Packet, iif: Option<String>) -> Packet {
         if self.direction == Direction::There {
             self.direction = Direction::Back;
         }
-        let Tuple {
-            source,
-            destination,
-            ports,
-        } = packet.tuple;
         Packet {
             iif,
             oif: None,
-            tuple: Tuple {
-                source: destination,
-                destination: source,
-                ports: ports.map(|(source, destination)| (destination, source)),
-            },
+            header: packet.header.reversed(),
             mark: 0,
-            turn: Turn::Reply,
+            position: Position::Reply,
         }
     }
 
-    /// Through PREROUTING and the routing decision.
+    /// PREROUTING and the routing decision.
     fn come_in(
         &mut self,
         packet: &mut Packet,
         connection: &mut Connection,
     ) -> Result<RouteLookup, Stop> {
-        let passage = self.ground.pass(Hook::Prerouting, packet, connection);
-        self.tell(Hook::Prerouting, passage)?;
+        self.pass(Hook::Prerouting, packet, connection)?;
         let way = self.route(packet)?;
-        self.tell_route(packet, &way);
+        self.report_route(packet, &way)?;
         Ok(way)
     }
 
-    /// The same for a reply, whose destination conntrack turns back ahead of routing.
+    /// The same for a reply. Before routing, conntrack translates the destination back.
     fn come_back(
         &mut self,
         reply: &mut Packet,
         connection: &mut Connection,
     ) -> Result<RouteLookup, Stop> {
-        let passage = self.ground.pass(Hook::Prerouting, reply, connection);
-        self.tell(Hook::Prerouting, passage)?;
-        reply.tuple.destination = connection.original.source;
+        self.pass(Hook::Prerouting, reply, connection)?;
+        reply.header.destination = connection.original.source;
         let way = self.route(reply)?;
-        self.tell_route(reply, &way);
+        self.report_route(reply, &way)?;
         Ok(way)
     }
 
-    /// Through FORWARD and POSTROUTING.
+    /// FORWARD and POSTROUTING.
     fn pass_through(
         &mut self,
         way: &RouteLookup,
@@ -443,14 +406,11 @@ impl<'a> Journey<'a> {
         connection: &mut Connection,
     ) -> Result<(), Stop> {
         packet.oif = Some(way.dev.clone());
-        for hook in [Hook::Forward, Hook::Postrouting] {
-            let passage = self.ground.pass(hook, packet, connection);
-            self.tell(hook, passage)?;
-        }
-        Ok(())
+        self.pass(Hook::Forward, packet, connection)?;
+        self.pass(Hook::Postrouting, packet, connection)
     }
 
-    /// The reply goes out: by the right link, as the right address?
+    /// Whether the reply leaves by the link and with the address that the client asked.
     fn leave(
         &mut self,
         back: &RouteLookup,
@@ -458,48 +418,33 @@ impl<'a> Journey<'a> {
         connection: &Connection,
         interface: &str,
     ) -> Result<String, Stop> {
-        // Behind POSTROUTING conntrack gives the reply the address that was asked.
-        let address = connection.original.destination;
+        // After POSTROUTING, conntrack gives the reply the address that was asked.
+        let address = connection.original.tuple()?.destination;
         self.hop("out", format!("by {} as {address}", back.dev), None);
-        let host = self.run.question.source;
+        let client = self.inputs.question.source;
         if back.dev == interface {
-            let server = if reply.iif.is_none() {
-                "this router".into()
-            } else {
-                self.host(&Tuple {
-                    source: reply.tuple.destination,
-                    destination: reply.tuple.source,
-                    ports: reply
-                        .tuple
-                        .ports
-                        .map(|(source, destination)| (destination, source)),
-                })
+            let server = match &reply.iif {
+                None => "this router".into(),
+                Some(_) => host(reply.header.reversed().tuple()?),
             };
             return Ok(format!(
-                "{server} gets it, and the reply goes back to {host} by {interface}, as {address}"
+                "{server} gets it, and the reply goes back to {client} by {interface}, as {address}"
             ));
         }
-        let reason = self.why_elsewhere(back, reply, connection);
-        let owns = |link: &crate::kernel::link::Link| link.addresses.contains(&address);
-        if self
-            .run
-            .snapshot
-            .kernel
-            .links
-            .get(&back.dev)
-            .is_some_and(owns)
-        {
+        let elsewhere = self.link(&back.dev);
+        if elsewhere.is_some_and(|link| link.addresses.contains(&address)) {
             return Ok(format!(
-                "the reply goes back to {host} by {}, as {address}, which is an address of that link too",
+                "the reply goes back to {client} by {}, as {address}, which is an address of that link too",
                 back.dev
             ));
         }
-        fails(
+        let Failure { why, fixes } = self.why_wrong_link(back, reply, connection)?;
+        fail(
             format!(
-                "the reply leaves by {}, not by {interface}: {address} is not an address of {}, and its provider drops it; {}",
-                back.dev, back.dev, reason.0
+                "the reply leaves by {}, not by {interface}: {address} is not an address of {}, and its provider drops it; {why}",
+                back.dev, back.dev
             ),
-            reason.1,
+            fixes,
         )
     }
 
@@ -512,79 +457,88 @@ impl<'a> Journey<'a> {
         });
     }
 
-    /// What a packet met at a hook, as hops; the end, where it went no further.
-    fn tell(&mut self, hook: Hook, passage: Passage) -> Result<(), Stop> {
-        self.doubts.extend(passage.doubts);
-        for change in passage.marks {
+    /// Sends a packet through iptables at a hook, and reports what happens there.
+    fn pass(
+        &mut self,
+        hook: Hook,
+        packet: &mut Packet,
+        connection: &mut Connection,
+    ) -> Result<(), Stop> {
+        let Passage {
+            stopped,
+            accepted,
+            nat,
+            untracked,
+            marks,
+            doubts,
+        } = self.context.pass(hook, packet, connection);
+        self.doubts.extend(doubts);
+        for change in marks {
             let of = if change.of_connection {
                 "connection"
             } else {
                 "packet"
             };
-            self.hop(
-                "mark",
-                format!("{of} mark {:#x}", change.mark),
-                Some(change.place.clone()),
-            );
+            let what = format!("{of} mark {:#x}", change.mark);
+            self.hop("mark", what, Some(change.place.clone()));
             self.marks.push(change);
         }
-        if let Some(place) = passage.nat {
+        if let Some(place) = untracked {
+            let what = "not tracked, so not translated";
+            self.hop("nat", what, Some(place.clone()));
+            self.untracked = Some(place);
+        }
+        if let Some(place) = nat {
             let what = match hook {
                 Hook::Postrouting | Hook::Input => "source translated",
                 _ => "destination translated",
             };
             self.hop("nat", what, Some(place));
         }
-        if let Some(place) = passage.stopped {
-            self.hop(
-                "filter",
-                format!("stopped in {}", hook.chain()),
-                Some(place.clone()),
-            );
-            let of = match self.direction {
+        if let Some(place) = stopped {
+            let what = format!("stopped in {}", hook.chain());
+            self.hop("filter", what, Some(place.clone()));
+            let whose = match self.direction {
                 Direction::There => "request",
                 Direction::Back => "reply",
                 Direction::Later => "connection's next packet",
             };
-            let mend = self.let_pass(hook, &place);
-            return fails(format!("the {of} is stopped by {}", place), mend);
+            let fixes = self.fix_filter(hook, &place);
+            return fail(format!("the {whose} is stopped by {place}"), fixes);
         }
-        if let Some(place) = passage.accepted {
+        if let Some(place) = accepted.into_iter().rfind(|it| it.table == "filter") {
             self.hop("filter", format!("passes {}", hook.chain()), Some(place));
         }
         Ok(())
     }
 
-    /// The kernel's own routing decision.
+    /// Asks the kernel where it routes a packet.
     fn route(&mut self, packet: &Packet) -> Result<RouteLookup, Stop> {
-        let Packet {
-            iif, tuple, mark, ..
-        } = packet;
+        let tuple = packet.header.tuple()?;
         let mut question = format!("{} from {}", tuple.destination, tuple.source);
-        if let Some(iif) = iif {
+        if let Some(iif) = &packet.iif {
             question += &format!(" iif {iif}");
         }
-        if *mark != 0 {
-            question += &format!(" mark {mark:#x}");
+        if packet.mark != 0 {
+            question += &format!(" mark {:#x}", packet.mark);
         }
-        // The others can't be asked for (`rtm_getroute_parse_ip_proto`, net/ipv4/fib_frontend.c).
+        // Other protocols can't be asked for (`rtm_getroute_parse_ip_proto`, net/ipv4/fib_frontend.c).
+        let protocol = self.inputs.question.service.protocol;
         if let Some((source, destination)) = tuple.ports
-            && self.run.question.service.protocol != Protocol::Sctp
+            && protocol != Protocol::Sctp
         {
-            question += &format!(
-                " ipproto {} sport {source} dport {destination}",
-                self.run.question.service.protocol.number()
-            );
+            let number = protocol.number();
+            question += &format!(" ipproto {number} sport {source} dport {destination}");
         }
-        match self.run.snapshot.route_get(&question)? {
+        match self.inputs.snapshot.route_get(&question)? {
             Ok(way) => Ok(way),
             Err(words) => self.no_route(packet, &words),
         }
     }
 
-    fn tell_route(&mut self, packet: &Packet, way: &RouteLookup) {
+    fn report_route(&mut self, packet: &Packet, way: &RouteLookup) -> Result<(), Stop> {
         if let Some(iif) = &packet.iif {
-            let what = match sysctl::rp_filter(iif) {
+            let what = match self.inputs.snapshot.rp_filter(iif) {
                 0 => "off",
                 1 => "strict",
                 _ => "loose",
@@ -592,7 +546,7 @@ impl<'a> Journey<'a> {
             self.hop("rp_filter", format!("{what} on {iif}: passes"), None);
         }
         let table = way.table.unwrap_or(TableId::MAIN);
-        if let Some(rule) = self.rule_for(packet, way.table) {
+        if let Some(rule) = self.rule_for(packet, way.table)? {
             let text = rule.listed();
             self.hop("rule", text, None);
         }
@@ -603,61 +557,80 @@ impl<'a> Journey<'a> {
             format!("dev {}{}, table {table}", way.dev, via.unwrap_or_default())
         };
         self.hop("route", what, None);
+        Ok(())
     }
 
-    pub(super) fn rules(&self) -> impl Iterator<Item = &RouteRule> {
-        self.run.snapshot.kernel.routing.rules.iter()
+    pub(super) fn rules(&self) -> impl Iterator<Item = &'a RouteRule> + use<'a> {
+        self.inputs.snapshot.kernel.routing.rules.iter()
     }
 
     /// The first rule that sends such a packet to the table that the kernel says has decided.
-    pub(super) fn rule_for(&self, packet: &Packet, table: Option<TableId>) -> Option<&RouteRule> {
+    pub(super) fn rule_for(
+        &self,
+        packet: &Packet,
+        table: Option<TableId>,
+    ) -> Result<Option<&'a RouteRule>> {
         let table = table.unwrap_or(TableId::MAIN);
-        let tuple = &packet.tuple;
+        let tuple = packet.header.tuple()?;
         let has =
             |network: Option<Ipv4Network>, address| network.is_none_or(|it| it.contains(address));
-        self.rules().find(|rule| {
-            let iif = rule
-                .iif
-                .as_ref()
-                .is_none_or(|iif| packet.iif.as_ref() == Some(iif));
-            let passes_over =
-                rule.suppress_prefixlength.is_some() && !self.is_on_link(tuple.destination);
+        let is_on_link = self.is_on_link(tuple.destination);
+        Ok(self.rules().find(|rule| {
+            let iif = &rule.iif;
             rule.table() == Some(table)
                 && has(rule.from, tuple.source)
                 && has(rule.to, tuple.destination)
                 && iif
+                    .as_ref()
+                    .is_none_or(|iif| packet.iif.as_ref() == Some(iif))
                 && rule.fwmark.is_none_or(|mark| mark.matches(packet.mark))
                 && rule.rest.is_empty()
-                && !passes_over
-        })
+                && (rule.suppress_prefixlength.is_none() || is_on_link)
+        }))
     }
 
-    /// Whether the main table has more than a default route for it.
+    /// Whether a route of the main table other than a default route leads to the address.
     fn is_on_link(&self, address: Ipv4Addr) -> bool {
-        let mut routes = self.run.snapshot.kernel.routing.routes.iter();
+        let mut routes = self.inputs.snapshot.kernel.routing.routes.iter();
         routes.any(|route| {
             let is_main = route.table == TableId::MAIN && !route.is_default();
             is_main && route.destination.contains(address)
         })
     }
 
-    pub(super) fn is_lan(&self, interface: &str) -> bool {
-        let mut interfaces = self.run.config.lan.interfaces.iter();
-        interfaces.any(|lan| lan.as_str() == interface)
+    /// Whether a route leads to one of the LAN's interfaces, or to a host on another link that is no uplink's: `[lan]` need
+    /// not name the bridges of containers.
+    fn leads_to_lan(&self, way: &RouteLookup) -> bool {
+        let mut interfaces = self.inputs.config.lan.interfaces.iter();
+        let is_lan = interfaces.any(|lan| is_interface(lan.as_str(), Some(&way.dev)));
+        let is_near = way.via.is_none() && self.uplink_of(&way.dev).is_none();
+        !way.is_local && (is_lan || is_near)
+    }
+
+    pub(super) fn link(&self, interface: &str) -> Option<&'a Link> {
+        self.inputs.snapshot.kernel.links.get(interface)
+    }
+
+    /// The uplink whose address is asked, with its configuration.
+    pub(super) fn asked_uplink(&self) -> Option<(&'a UplinkName, &'a Uplink)> {
+        let name = self.uplink.as_ref()?;
+        self.inputs.config.uplinks.get_key_value(name)
     }
 
     fn uplink_of(&self, interface: &str) -> Option<UplinkName> {
-        let mut uplink_links = self.run.uplink_links.iter();
-        let is_its = |link: &UplinkLink| link.interface.as_str() == interface;
-        let found = uplink_links.find(|(_, link)| link.as_ref().is_some_and(is_its));
+        let mut links = self.inputs.comparison.links.iter();
+        let found = links.find(|(_, link)| {
+            let link = link.as_ref();
+            link.is_some_and(|link| link.interface.as_str() == interface)
+        });
         found.map(|(name, _)| name.clone())
     }
+}
 
-    /// `192.168.0.2:80`
-    pub(super) fn host(&self, tuple: &Tuple) -> String {
-        match tuple.ports {
-            Some((_, port)) => format!("{}:{port}", tuple.destination),
-            None => tuple.destination.to_string(),
-        }
+/// The destination: `192.168.0.2:80`
+pub(super) fn host(tuple: Tuple) -> String {
+    match tuple.ports {
+        Some((_, port)) => format!("{}:{port}", tuple.destination),
+        None => tuple.destination.to_string(),
     }
 }

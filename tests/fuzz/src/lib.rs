@@ -9,12 +9,15 @@ use std::os::unix::ffi::OsStringExt;
 
 use mh_hook::config::{Config, place};
 use mh_hook::inspect::explain::Question;
-use mh_hook::inspect::packet_trace::{Connection, Ground, Hook, Packet, TracedRuleset, Turn};
-use mh_hook::kernel::conntrack::{self, Flow, Tuple};
+use mh_hook::inspect::packet_trace::{
+    Connection, Context, Header, Hook, Packet, Position, TracedRuleset,
+};
+use mh_hook::kernel::conntrack::{self, Flow};
 use mh_hook::kernel::iptables_save::Ruleset;
 use mh_hook::kernel::link::Link;
 use mh_hook::kernel::observe::Kernel;
 use mh_hook::kernel::tools::Backend;
+use mh_hook::model::forward::Protocol;
 use mh_hook::model::link::{LinkState, UplinkLink, check_local};
 use mh_hook::model::names::{IfName, UplinkName};
 use mh_hook::model::netfilter::{self, Table};
@@ -132,12 +135,16 @@ fn length(
     if let Some(length) = known.get(&key) {
         return *length;
     }
-    let rules = ruleset.chain(table, chain).filter(|_| depth < 33);
+    let rules = ruleset.tables[table].get(chain).filter(|_| depth < 33);
     let rules = rules.into_iter().flat_map(|chain| &chain.rules);
     let mut sum: u64 = 1;
     for rule in rules {
-        for target in rule.value("-j").into_iter().chain(rule.value("-g")) {
-            sum = sum.saturating_add(length(ruleset, table, target, depth + 1, known));
+        let words = netfilter::words(&rule.text).expect("the rule was joined");
+        for pair in words
+            .windows(2)
+            .filter(|pair| pair[0] == "-j" || pair[0] == "-g")
+        {
+            sum = sum.saturating_add(length(ruleset, table, &pair[1], depth + 1, known));
         }
     }
     known.insert(key, sum);
@@ -166,32 +173,33 @@ fn walk(text: &str) {
         ..Link::default()
     };
     let links = BTreeMap::from([("ppp0".to_owned(), link)]);
-    let ground = Ground {
+    let context = Context {
         rulesets: &rulesets,
         links: &links,
-        assumed: None,
+        assumed: Vec::new(),
+        final_chain: None,
     };
-    let tuple = Tuple {
-        source: Ipv4Addr::new(192, 0, 2, 9),
-        destination: address,
-        ports: Some((50000, 80)),
+    let known = Header {
+        source: Some(Ipv4Addr::new(192, 0, 2, 9)),
+        destination: Some(address),
+        source_port: Some(50000),
+        destination_port: Some(80),
     };
-    for turn in [Turn::First, Turn::Reply, Turn::Later] {
+    let any = (None, Header::default());
+    let kinds = [(Some(Protocol::Tcp), known), any];
+    let positions = [Position::First, Position::Reply, Position::Later];
+    for (position, (protocol, header)) in positions
+        .into_iter()
+        .flat_map(|position| kinds.map(|kind| (position, kind)))
+    {
         let mut packet = Packet {
             iif: Some("ppp0".into()),
             oif: None,
-            tuple,
+            header,
             mark: 0,
-            turn,
+            position,
         };
-        let mut connection = Connection {
-            protocol: 6,
-            original: tuple,
-            is_dnat: false,
-            is_snat: false,
-            is_untracked: false,
-            mark: 0,
-        };
+        let mut connection = Connection::new(protocol, header);
         for hook in [
             Hook::Prerouting,
             Hook::Forward,
@@ -199,10 +207,9 @@ fn walk(text: &str) {
             Hook::Input,
             Hook::Output,
         ] {
-            let passage = ground.pass(hook, &mut packet, &mut connection);
-            for place in passage.stopped.iter().chain(&passage.doubts) {
-                let _ = (place.deletion(), place.to_string());
-            }
+            let passage = context.pass(hook, &mut packet, &mut connection);
+            let _ = passage.stopped.map(|it| (it.deletion(), it.to_string()));
+            let _ = passage.doubts.iter().map(ToString::to_string).count();
             packet.oif = Some("eth1".into());
         }
     }

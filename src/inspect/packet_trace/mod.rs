@@ -1,0 +1,651 @@
+//! The one evaluator of iptables rules: what happens to a packet at a hook of netfilter, as far as the rules tell. Pure.
+//!
+//! Not everything is known: a rule may ask for more than the packet (`limit`, `set`) or have a match that is not known here,
+//! and of the packets that `check` traces the client is not known. So a match says yes, no or maybe. A rule that may match
+//! is passed over and noted as a doubt; [`alternatives`] traces again with doubts assumed to come true.
+
+mod packet;
+mod ruleset;
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::rc::Rc;
+
+use ipnetwork::Ipv4Network;
+use serde::{Serialize, Serializer};
+
+pub use self::packet::{Connection, Header, Packet, Position};
+use self::ruleset::{ACK, Chains, Effect, FIN, Match, PSH, SYN, Selector, Target, TracedRule, URG};
+pub use self::ruleset::{MarkAction, TracedRuleset};
+use crate::kernel::link::Links;
+use crate::kernel::tools::Backend;
+use crate::model::forward::PortRange;
+
+/// A hook of netfilter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are netfilter's")]
+pub enum Hook {
+    Prerouting,
+    Input,
+    Forward,
+    Output,
+    Postrouting,
+}
+
+impl Hook {
+    /// The built-in chain's name.
+    pub fn chain(self) -> &'static str {
+        match self {
+            Self::Prerouting => "PREROUTING",
+            Self::Input => "INPUT",
+            Self::Forward => "FORWARD",
+            Self::Output => "OUTPUT",
+            Self::Postrouting => "POSTROUTING",
+        }
+    }
+
+    /// The tables with a chain at this hook, in the kernel's order (`enum nf_ip_hook_priorities`,
+    /// linux/netfilter_ipv4.h).
+    fn tables(self) -> &'static [&'static str] {
+        match self {
+            Self::Prerouting => &["raw", "mangle", "nat"],
+            Self::Input => &["mangle", "filter", "security", "nat"],
+            Self::Forward => &["mangle", "filter", "security"],
+            Self::Output => &["raw", "mangle", "nat", "filter", "security"],
+            Self::Postrouting => &["mangle", "nat"],
+        }
+    }
+}
+
+/// A rule or a policy, and where it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Place {
+    /// The backend that has the rule.
+    #[serde(serialize_with = "as_text")]
+    pub backend: Backend,
+    /// The table.
+    pub table: &'static str,
+    /// The chain.
+    #[serde(serialize_with = "as_text")]
+    pub chain: Rc<str>,
+    /// The rule's number in the chain, from 1; 0 for the chain's policy.
+    pub number: usize,
+    /// The rule as iptables-save writes it, without `-A CHAIN`; or `policy DROP`.
+    #[serde(serialize_with = "as_text")]
+    pub text: Rc<str>,
+    /// The number of packets that matched the rule; none for a policy.
+    pub packets: Option<u64>,
+}
+
+fn as_text<S: Serializer>(it: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(it)
+}
+
+impl Place {
+    /// The command that deletes the rule.
+    pub fn deletion(&self) -> String {
+        self.command("-D", &self.text)
+    }
+
+    /// `iptables-nft -t filter -D FORWARD 3`
+    pub fn command(&self, flag: &str, rest: &str) -> String {
+        let Self {
+            backend,
+            table,
+            chain,
+            ..
+        } = self;
+        format!("{backend} -t {table} {flag} {chain} {rest}")
+    }
+}
+
+/// `rule 3 of FORWARD in filter (iptables-nft): -j DROP`
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            backend,
+            table,
+            chain,
+            number,
+            text,
+            ..
+        } = self;
+        match number {
+            0 => write!(f, "the {text} of {chain} in {table} ({backend})"),
+            _ => write!(f, "rule {number} of {chain} in {table} ({backend}): {text}"),
+        }
+    }
+}
+
+/// A change of a mark.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MarkChange {
+    /// The rule that makes the change.
+    pub place: Place,
+    /// What the rule does.
+    pub action: MarkAction,
+    /// Whether the connection's mark changes; otherwise, the packet's.
+    pub of_connection: bool,
+    /// The bits that differ before and after.
+    pub changed: u32,
+    /// The mark after the change.
+    pub mark: u32,
+}
+
+/// Something that may happen and can't be told from the rules.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Doubt {
+    /// The rule.
+    pub place: Place,
+    /// What may happen at the rule.
+    pub event: Event,
+    /// Whether the packet can only be stopped by that.
+    pub only_stops: bool,
+}
+
+/// What may happen at a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The rule matches.
+    Matches,
+    /// The target accepts the packet, for instance by a program behind a queue.
+    Accepts,
+    /// The target drops the packet.
+    Stops,
+}
+
+/// `rule 3 of FORWARD in filter (iptables-nft): -m limit --limit 3/min -j DROP matches`
+impl fmt::Display for Doubt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verb = match self.event {
+            Event::Matches => "matches",
+            Event::Accepts => "accepts the packet",
+            Event::Stops => "drops the packet",
+        };
+        write!(f, "{} {verb}", self.place)
+    }
+}
+
+/// What happened to a packet at a hook.
+#[derive(Clone, Debug, Default)]
+pub struct Passage {
+    /// The rule or policy that dropped or rejected the packet.
+    pub stopped: Option<Place>,
+    /// The rules and policies that accepted the packet, one for each table and backend.
+    pub accepted: Vec<Place>,
+    /// The rule that translated an address.
+    pub nat: Option<Place>,
+    /// The rule that exempts the connection from tracking, and so from translation.
+    pub untracked: Option<Place>,
+    /// Changes of marks, in order.
+    pub marks: Vec<MarkChange>,
+    /// What may have happened instead.
+    pub doubts: Vec<Doubt>,
+}
+
+/// How often one trace is repeated, at most, with doubts assumed.
+const MAX_ALTERNATIVES: usize = 16;
+
+/// The outcomes of traces with doubts assumed to come true.
+#[derive(Debug)]
+pub struct Alternatives<T> {
+    /// What was assumed, and the outcome.
+    pub outcomes: Vec<(Vec<Doubt>, T)>,
+    /// Whether there are no more than were traced.
+    pub are_all: bool,
+}
+
+/// Traces again with doubts assumed to come true: each alone, and where that raises new ones, those together with it.
+/// `trace` returns the outcome and the doubts that it meets.
+///
+/// # Errors
+/// Those of `trace`.
+pub fn alternatives<T, E>(
+    doubts: Vec<Doubt>,
+    mut trace: impl FnMut(&[Doubt]) -> Result<(T, Vec<Doubt>), E>,
+) -> Result<Alternatives<T>, E> {
+    let mut known = doubts.clone();
+    let mut waiting: VecDeque<Vec<Doubt>> = doubts.into_iter().map(|it| vec![it]).collect();
+    let mut outcomes = Vec::new();
+    while outcomes.len() < MAX_ALTERNATIVES
+        && let Some(assumed) = waiting.pop_front()
+    {
+        let (outcome, doubts) = trace(&assumed)?;
+        for doubt in doubts {
+            if !known.contains(&doubt) {
+                known.push(doubt.clone());
+                waiting.push_back([&assumed[..], &[doubt]].concat());
+            }
+        }
+        outcomes.push((assumed, outcome));
+    }
+    Ok(Alternatives {
+        outcomes,
+        are_all: waiting.is_empty(),
+    })
+}
+
+/// What decides about packets, apart from themselves.
+#[derive(Debug)]
+pub struct Context<'a> {
+    /// The rules of both backends: the kernel asks both at each hook.
+    pub rulesets: &'a [(Backend, TracedRuleset)],
+    /// The router's interfaces.
+    pub links: &'a Links,
+    /// Doubts that are assumed to come true.
+    pub assumed: Vec<Doubt>,
+    /// A chain of the nat table that ends the evaluation there, as if it translated the packet.
+    pub final_chain: Option<&'a str>,
+}
+
+impl Context<'_> {
+    fn is_own(&self, address: Ipv4Addr) -> bool {
+        let mut links = self.links.values();
+        address.is_loopback() || links.any(|link| link.addresses.contains(&address))
+    }
+
+    /// The address that MASQUERADE and REDIRECT take: the interface's first (`inet_select_addr`, net/ipv4/devinet.c).
+    fn address_of(&self, interface: Option<&str>) -> Option<Ipv4Addr> {
+        self.links.get(interface?)?.addresses.first().copied()
+    }
+
+    /// Sends a packet through all tables at a hook. The nat table sees a connection's first packet only.
+    pub fn pass(&self, hook: Hook, packet: &mut Packet, connection: &mut Connection) -> Passage {
+        let mut passage = Passage::default();
+        for table in hook.tables() {
+            let is_nat = *table == "nat";
+            if is_nat && (packet.position != Position::First || connection.is_untracked) {
+                continue;
+            }
+            for (backend, ruleset) in self.rulesets {
+                let Some(chains) = ruleset.tables.get(*table) else {
+                    continue;
+                };
+                let mut evaluation = Evaluation {
+                    context: self,
+                    backend: *backend,
+                    hook,
+                    table,
+                    chains,
+                    packet,
+                    connection,
+                    passage: &mut passage,
+                    rules: 0,
+                };
+                match evaluation.built_in_chain() {
+                    End::Stopped(place) => {
+                        passage.stopped = Some(place);
+                        return passage;
+                    }
+                    End::Accepted(place) => passage.accepted.push(place),
+                    End::Returned => {}
+                }
+                if is_nat && passage.nat.is_some() {
+                    break;
+                }
+            }
+        }
+        passage
+    }
+}
+
+/// Whether a rule matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fit {
+    Yes,
+    No,
+    Maybe,
+}
+
+/// How the evaluation of a chain ended.
+#[derive(Debug)]
+enum End {
+    /// At the chain's end, or by RETURN.
+    Returned,
+    Accepted(Place),
+    Stopped(Place),
+}
+
+/// How deep chains may jump. The kernel refuses circles; a listing could have one.
+const MAX_DEPTH: usize = 32;
+
+/// How many rules are evaluated in one table. Chains that each jump to the next more than once can make a packet meet so
+/// many rules that nobody would wait for the end.
+pub const MAX_RULES: usize = 200_000;
+
+/// The evaluation of a packet in one table of one backend.
+struct Evaluation<'a> {
+    context: &'a Context<'a>,
+    backend: Backend,
+    hook: Hook,
+    table: &'static str,
+    chains: &'a Chains,
+    packet: &'a mut Packet,
+    connection: &'a mut Connection,
+    passage: &'a mut Passage,
+    /// How many rules were evaluated.
+    rules: usize,
+}
+
+impl Evaluation<'_> {
+    fn built_in_chain(&mut self) -> End {
+        let end = self.chain(self.hook.chain(), 0);
+        let chain = self.chains.get(self.hook.chain());
+        let policy = chain.and_then(|chain| Some((&chain.name, chain.policy.as_ref()?)));
+        let (End::Returned, Some((name, policy))) = (&end, policy) else {
+            return end;
+        };
+        let place = Place {
+            backend: self.backend,
+            table: self.table,
+            chain: Rc::clone(name),
+            number: 0,
+            text: Rc::clone(policy),
+            packets: None,
+        };
+        match policy.strip_prefix("policy ") {
+            Some("ACCEPT") => End::Accepted(place),
+            _ => End::Stopped(place),
+        }
+    }
+
+    fn chain(&mut self, name: &str, depth: usize) -> End {
+        let chain = self.chains.get(name).filter(|_| depth < MAX_DEPTH);
+        let Some(chain) = chain else {
+            return End::Returned;
+        };
+        for (number, rule) in (1..).zip(&chain.rules) {
+            self.rules += 1;
+            if self.rules > MAX_RULES {
+                break;
+            }
+            let fit = self.fit(rule);
+            if fit == Fit::No || rule.target == Target::Continue {
+                continue;
+            }
+            let place = Place {
+                backend: self.backend,
+                table: self.table,
+                chain: Rc::clone(&chain.name),
+                number,
+                text: Rc::clone(&rule.text),
+                packets: Some(rule.packets),
+            };
+            let mut assumed = self.context.assumed.iter();
+            let assumed = assumed.rfind(|doubt| doubt.place == place);
+            let end = match (fit, assumed.map(|doubt| doubt.event)) {
+                (_, Some(Event::Accepts)) => Some(End::Accepted(place)),
+                (_, Some(Event::Stops)) => Some(End::Stopped(place)),
+                (Fit::Maybe, None) => {
+                    self.doubt(rule, place);
+                    None
+                }
+                _ => self.target(rule, place, depth),
+            };
+            if let Some(end) = end {
+                return end;
+            }
+        }
+        End::Returned
+    }
+
+    /// Notes what may happen at a rule, unless that makes no difference.
+    fn doubt(&mut self, rule: &TracedRule, place: Place) {
+        let mut note = |event, only_stops| {
+            self.passage.doubts.push(Doubt {
+                place: place.clone(),
+                event,
+                only_stops,
+            });
+        };
+        match (&rule.target, rule.effect(self.chains)) {
+            (Target::Undecided, _) => {
+                note(Event::Accepts, false);
+                note(Event::Stops, true);
+            }
+            (_, Effect::None) => {}
+            (_, Effect::Stops) => note(Event::Matches, true),
+            (_, Effect::Other) => note(Event::Matches, false),
+        }
+    }
+
+    /// Carries out the target of a rule that matches; none where the next rule follows.
+    fn target(&mut self, rule: &TracedRule, place: Place, depth: usize) -> Option<End> {
+        let header = &mut self.packet.header;
+        match &rule.target {
+            Target::Continue => return None,
+            Target::Accept => return Some(End::Accepted(place)),
+            Target::Stop => return Some(End::Stopped(place)),
+            Target::Return => return Some(End::Returned),
+            Target::Undecided => {
+                self.doubt(rule, place);
+                return None;
+            }
+            Target::Notrack => {
+                self.connection.is_untracked = true;
+                self.passage.untracked = Some(place);
+                return None;
+            }
+            Target::Mark(action) => {
+                self.mark(*action, place);
+                return None;
+            }
+            Target::Chain { name, is_goto } => {
+                if self.table == "nat" && self.context.final_chain == Some(name) {
+                    self.passage.nat = Some(place.clone());
+                    return Some(End::Accepted(place));
+                }
+                return match self.chain(name, depth + 1) {
+                    End::Returned if !is_goto => None,
+                    end => Some(end),
+                };
+            }
+            Target::DestinationNat(address, port) => {
+                header.destination = address.or(header.destination);
+                header.destination_port = port.or(header.destination_port);
+            }
+            Target::Redirect(port) => {
+                // To the router itself (`nf_nat_redirect_ipv4`, net/netfilter/nf_nat_redirect.c).
+                let address = self.context.address_of(self.packet.iif.as_deref());
+                header.destination = Some(address.unwrap_or(Ipv4Addr::LOCALHOST));
+                header.destination_port = port.or(header.destination_port);
+            }
+            Target::SourceNat(address) => header.source = address.or(header.source),
+            Target::Masquerade => {
+                let address = self.context.address_of(self.packet.oif.as_deref());
+                header.source = address.or(header.source);
+            }
+            Target::NetMap(network) => {
+                let address = match self.hook {
+                    Hook::Prerouting | Hook::Output => &mut header.destination,
+                    _ => &mut header.source,
+                };
+                *address = address.map(|address| (address & !network.mask()) | network.network());
+            }
+        }
+        // What is left are translations.
+        match self.hook {
+            Hook::Prerouting | Hook::Output => self.connection.is_dnat = true,
+            _ => self.connection.is_snat = true,
+        }
+        self.passage.nat = Some(place.clone());
+        Some(End::Accepted(place))
+    }
+
+    fn mark(&mut self, action: MarkAction, place: Place) {
+        let of_connection = matches!(
+            action,
+            MarkAction::SetConnection(_) | MarkAction::Save { .. }
+        );
+        if !self.is_tracked() && !matches!(action, MarkAction::SetPacket(_)) {
+            return;
+        }
+        let before = (self.packet.mark, self.connection.mark);
+        let after = action.apply(before.0, before.1);
+        (self.packet.mark, self.connection.mark) = after;
+        self.passage.marks.push(MarkChange {
+            place,
+            action,
+            of_connection,
+            changed: (before.0 ^ after.0) | (before.1 ^ after.1),
+            mark: if of_connection { after.1 } else { after.0 },
+        });
+    }
+
+    /// Whether the packet has a connection yet: the raw table comes before conntrack.
+    fn is_tracked(&self) -> bool {
+        self.table != "raw" && !self.connection.is_untracked
+    }
+
+    fn fit(&self, rule: &TracedRule) -> Fit {
+        let mut fit = Fit::Yes;
+        for one in &rule.matches {
+            match self.holds(one) {
+                Some(holds) if holds == one.is_negated => return Fit::No,
+                Some(_) => {}
+                None => fit = Fit::Maybe,
+            }
+        }
+        fit
+    }
+
+    /// Whether what the option asks for is so, before negation; none where that is not known.
+    fn holds(&self, one: &Match) -> Option<bool> {
+        let (packet, connection) = (&*self.packet, &*self.connection);
+        let Packet {
+            header, position, ..
+        } = packet;
+        let original = &connection.original;
+        match &one.selector {
+            Selector::Source(network) => in_network(network, header.source),
+            Selector::Destination(network) => in_network(network, header.destination),
+            Selector::InInterface(pattern) => Some(is_interface(pattern, packet.iif.as_deref())),
+            Selector::OutInterface(pattern) => Some(is_interface(pattern, packet.oif.as_deref())),
+            Selector::Protocol(protocol) => connection.protocol.map(|it| Some(it) == *protocol),
+            // Neither connections nor forwards have to do with fragments: conntrack puts packets together.
+            Selector::Fragment => Some(false),
+            Selector::SourcePort(ports) => in_ports(ports, header.source_port),
+            Selector::DestinationPort(ports) => in_ports(ports, header.destination_port),
+            Selector::EitherPort(ports) => either(
+                in_ports(ports, header.source_port),
+                in_ports(ports, header.destination_port),
+            ),
+            Selector::TcpFlags { mask, set } => {
+                connection.protocol?;
+                let (flags, unknown) = match position {
+                    Position::First => (SYN, 0),
+                    Position::Reply => (SYN | ACK, 0),
+                    Position::Later => (ACK, FIN | PSH | URG),
+                };
+                if (flags ^ set) & mask & !unknown != 0 {
+                    return Some(false);
+                }
+                (mask & unknown == 0).then_some(true)
+            }
+            // An echo and its reply.
+            Selector::IcmpType(kind) => {
+                let echo = match position {
+                    Position::Reply => 0,
+                    Position::First | Position::Later => 8,
+                };
+                Some(kind.is_none_or(|kind| kind == echo))
+            }
+            Selector::Mark(mark) => Some(mark.matches(packet.mark)),
+            Selector::State(states) => Some(states.iter().any(|state| self.is_in_state(state))),
+            // Without a connection these never match, negated or not (`connmark_mt`, `conntrack_mt`,
+            // net/netfilter/xt_connmark.c, xt_conntrack.c).
+            Selector::ConnectionMark(_)
+            | Selector::IsReply(_)
+            | Selector::OriginalSource(_)
+            | Selector::OriginalDestination(_)
+            | Selector::OriginalDestinationPort(_)
+                if !self.is_tracked() =>
+            {
+                Some(one.is_negated)
+            }
+            Selector::ConnectionMark(mark) => Some(mark.matches(connection.mark)),
+            Selector::IsReply(is_reply) => Some(*is_reply == (*position == Position::Reply)),
+            Selector::OriginalSource(network) => in_network(network, original.source),
+            Selector::OriginalDestination(network) => in_network(network, original.destination),
+            Selector::OriginalDestinationPort(ports) => in_ports(ports, original.destination_port),
+            Selector::SourceType(kinds) => self.has_type(kinds, header.source),
+            Selector::DestinationType(kinds) => self.has_type(kinds, header.destination),
+            Selector::SourceRange(first, last) => {
+                header.source.map(|it| (first..=last).contains(&&it))
+            }
+            Selector::DestinationRange(first, last) => {
+                header.destination.map(|it| (first..=last).contains(&&it))
+            }
+            Selector::IsUnicast(is_unicast) => Some(*is_unicast),
+            Selector::Unknown => None,
+        }
+    }
+
+    fn is_in_state(&self, state: &str) -> bool {
+        let connection = &self.connection;
+        let is_first = self.packet.position == Position::First;
+        match state {
+            "UNTRACKED" => connection.is_untracked,
+            _ if connection.is_untracked => false,
+            _ if self.table == "raw" => state == "INVALID",
+            "NEW" => is_first,
+            "ESTABLISHED" => !is_first,
+            "DNAT" => connection.is_dnat,
+            "SNAT" => connection.is_snat,
+            // No packet that is traced here is invalid, or begins a connection that another one announced.
+            _ => false,
+        }
+    }
+
+    /// Whether the kernel routes the address as one of these types; that of subnets' broadcast addresses is not known.
+    fn has_type(&self, kinds: &[String], address: Option<Ipv4Addr>) -> Option<bool> {
+        let address = address?;
+        let kind = if self.context.is_own(address) {
+            "LOCAL"
+        } else if address.is_multicast() {
+            "MULTICAST"
+        } else if address.is_broadcast() {
+            "BROADCAST"
+        } else {
+            "UNICAST"
+        };
+        let is_known = |kind: &String| {
+            matches!(
+                kind.as_str(),
+                "LOCAL" | "MULTICAST" | "BROADCAST" | "UNICAST" | "UNSPEC" | "ANYCAST"
+            )
+        };
+        let has = kinds.iter().any(|it| it == kind);
+        (has || kinds.iter().all(is_known)).then_some(has)
+    }
+}
+
+/// Whether an interface has this name, or begins as a pattern with `+` at its end.
+pub fn is_interface(pattern: &str, interface: Option<&str>) -> bool {
+    let interface = interface.unwrap_or_default();
+    match pattern.strip_suffix('+') {
+        Some(start) => interface.starts_with(start),
+        None => interface == pattern,
+    }
+}
+
+fn in_network(network: &Ipv4Network, address: Option<Ipv4Addr>) -> Option<bool> {
+    if network.prefix() == 0 {
+        return Some(true);
+    }
+    Some(network.contains(address?))
+}
+
+fn in_ports(ranges: &[PortRange], port: Option<u16>) -> Option<bool> {
+    let port = port?;
+    Some(ranges.iter().any(|range| range.contains(port)))
+}
+
+fn either(one: Option<bool>, other: Option<bool>) -> Option<bool> {
+    match (one, other) {
+        (Some(true), _) | (_, Some(true)) => Some(true),
+        (Some(false), Some(false)) => Some(false),
+        _ => None,
+    }
+}

@@ -1,0 +1,594 @@
+//! The rules of iptables-save, taken apart once: matches and targets as types. What is not known here, of a match or a
+//! target, becomes [`Selector::Unknown`] or [`Target::Undecided`] (iptables-extensions(8)).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::rc::Rc;
+
+use ipnetwork::Ipv4Network;
+
+use crate::kernel::iptables_save::{self, Ruleset};
+use crate::model::forward::{PortRange, Protocol};
+use crate::model::netfilter::Rule;
+use crate::model::route::{FwMark, bits};
+
+/// The chains of a table, by name.
+pub type Chains = BTreeMap<String, TracedChain>;
+
+/// The tables of one backend.
+#[derive(Clone, Debug, Default)]
+pub struct TracedRuleset {
+    /// The chains of each table.
+    pub tables: BTreeMap<String, Chains>,
+}
+
+/// A chain.
+#[derive(Clone, Debug)]
+pub struct TracedChain {
+    pub name: Rc<str>,
+    /// `policy DROP`; none for a user-defined chain.
+    pub policy: Option<Rc<str>>,
+    pub rules: Vec<TracedRule>,
+    /// The effect of a rule that jumps here.
+    effect: Effect,
+}
+
+/// A rule.
+#[derive(Clone, Debug)]
+pub struct TracedRule {
+    /// The number of packets that matched the rule.
+    pub packets: u64,
+    /// The rule as iptables-save writes it, without `-A CHAIN`.
+    pub text: Rc<str>,
+    pub matches: Vec<Match>,
+    pub target: Target,
+}
+
+/// One condition of a rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Match {
+    /// Whether a `!` comes before the option.
+    pub is_negated: bool,
+    /// The option and its value.
+    pub selector: Selector,
+}
+
+/// An option of a match, with its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Selector {
+    Source(Ipv4Network),
+    Destination(Ipv4Network),
+    InInterface(String),
+    OutInterface(String),
+    /// None for a protocol that no forward can have.
+    Protocol(Option<Protocol>),
+    /// `-f`: a fragment other than the first.
+    Fragment,
+    SourcePort(Vec<PortRange>),
+    DestinationPort(Vec<PortRange>),
+    EitherPort(Vec<PortRange>),
+    /// Those of the flags in `mask` that are set are the ones in `set`.
+    TcpFlags {
+        mask: u8,
+        set: u8,
+    },
+    /// None for any type.
+    IcmpType(Option<u8>),
+    Mark(FwMark),
+    ConnectionMark(FwMark),
+    State(Vec<String>),
+    IsReply(bool),
+    OriginalSource(Ipv4Network),
+    OriginalDestination(Ipv4Network),
+    OriginalDestinationPort(Vec<PortRange>),
+    SourceType(Vec<String>),
+    DestinationType(Vec<String>),
+    SourceRange(Ipv4Addr, Ipv4Addr),
+    DestinationRange(Ipv4Addr, Ipv4Addr),
+    /// Whether `--pkt-type` asks for packets to this host alone.
+    IsUnicast(bool),
+    /// Depends on more than the packet and its connection (`set`, `limit`), or is not known here.
+    Unknown,
+}
+
+/// What a rule does with a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Goes on with the next rule: no target, or one that changes nothing that decides about the packet (`LOG`).
+    Continue,
+    /// No other rule of the table is asked.
+    Accept,
+    /// Drops, rejects or swallows the packet.
+    Stop,
+    /// Leaves the chain.
+    Return,
+    /// Exempts the packet from connection tracking.
+    Notrack,
+    /// Changes a mark.
+    Mark(MarkAction),
+    /// Translates the destination: the address and port, as far as they change. The first of a range stands for all.
+    DestinationNat(Option<Ipv4Addr>, Option<u16>),
+    /// Translates the destination to this router, at this port.
+    Redirect(Option<u16>),
+    /// Translates the source.
+    SourceNat(Option<Ipv4Addr>),
+    /// Translates the source to an address of the interface that the packet leaves by.
+    Masquerade,
+    /// Translates the network's part of an address: of the destination, or after routing, of the source.
+    NetMap(Ipv4Network),
+    /// Jumps to a user-defined chain (`-j`), or goes there without coming back (`-g`).
+    Chain {
+        /// The chain.
+        name: String,
+        /// Whether it is `-g`.
+        is_goto: bool,
+    },
+    /// A program accepts or drops the packet (`NFQUEUE`), or the target is not known here.
+    Undecided,
+}
+
+/// What changes a mark: MARK for the packet's, CONNMARK for the connection's and for copies between both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MarkAction {
+    /// Clears the bits in `mask` of the packet's mark, then XORs `value` (`--set-xmark`).
+    SetPacket(FwMark),
+    /// Does so with the connection's mark.
+    SetConnection(FwMark),
+    /// Copies the packet's mark to the connection (`--save-mark`).
+    Save {
+        /// The bits that are copied.
+        nfmask: u32,
+        /// The bits that are cleared before.
+        ctmask: u32,
+    },
+    /// Copies the connection's mark to the packet (`--restore-mark`).
+    Restore {
+        /// The bits that are cleared before.
+        nfmask: u32,
+        /// The bits that are copied.
+        ctmask: u32,
+    },
+}
+
+/// What a rule can do to a packet, at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Effect {
+    /// Nothing that decides about the packet.
+    None,
+    /// It stops the packet.
+    Stops,
+    /// It lets the packet pass, or changes the packet, or leaves the chain.
+    Other,
+}
+
+impl TracedRuleset {
+    /// Takes the rules of a listing apart.
+    pub fn new(ruleset: &Ruleset) -> Self {
+        let tables = ruleset
+            .tables
+            .iter()
+            .map(|(table, chains)| (table.clone(), trace_chains(chains)));
+        Self {
+            tables: tables.collect(),
+        }
+    }
+}
+
+fn trace_chains(chains: &BTreeMap<String, iptables_save::Chain>) -> Chains {
+    let is_chain = |name: &str| chains.contains_key(name);
+    let traced = chains.iter().map(|(name, chain)| {
+        let rules = chain.rules.iter().zip(&chain.counters);
+        let traced = TracedChain {
+            name: name.as_str().into(),
+            policy: chain
+                .policy
+                .as_ref()
+                .map(|policy| format!("policy {policy}").into()),
+            rules: rules
+                .map(|(rule, counter)| TracedRule::new(rule, counter.packets, &is_chain))
+                .collect(),
+            effect: Effect::None,
+        };
+        (name.clone(), traced)
+    });
+    let mut traced: Chains = traced.collect();
+    let mut effects = BTreeMap::new();
+    for name in chains.keys() {
+        chain_effect(&traced, name, &mut effects);
+    }
+    for (name, effect) in effects {
+        if let Some(chain) = traced.get_mut(&name) {
+            chain.effect = effect;
+        }
+    }
+    traced
+}
+
+/// The largest effect that a rule of the chain can have. `known` holds the effects found so far.
+fn chain_effect(chains: &Chains, name: &str, known: &mut BTreeMap<String, Effect>) -> Effect {
+    if let Some(effect) = known.get(name) {
+        return *effect;
+    }
+    // The kernel refuses chains that jump in a circle; this ends on one all the same.
+    known.insert(name.to_owned(), Effect::None);
+    let mut effect = Effect::None;
+    for rule in chains.get(name).into_iter().flat_map(|chain| &chain.rules) {
+        effect = effect.max(match &rule.target {
+            Target::Chain {
+                name,
+                is_goto: false,
+            } => chain_effect(chains, name, known),
+            target => target.own_effect(),
+        });
+    }
+    known.insert(name.to_owned(), effect);
+    effect
+}
+
+impl TracedRule {
+    fn new(rule: &Rule, packets: u64, is_chain: &dyn Fn(&str) -> bool) -> Self {
+        let words = rule.words();
+        let (matches, rest) = parse_matches(&words);
+        let target = match rest {
+            [flag, name, options @ ..] => {
+                parse_target(name, &Options(options)).unwrap_or_else(|| match is_chain(name) {
+                    true => Target::Chain {
+                        name: name.clone(),
+                        is_goto: flag == "-g",
+                    },
+                    false => Target::Undecided,
+                })
+            }
+            _ => Target::Continue,
+        };
+        Self {
+            packets,
+            text: rule.to_string().into(),
+            matches,
+            target,
+        }
+    }
+
+    /// What the rule can do to a packet that it matches.
+    pub fn effect(&self, chains: &Chains) -> Effect {
+        match &self.target {
+            Target::Chain {
+                name,
+                is_goto: false,
+            } => chains.get(name).map_or(Effect::None, |chain| chain.effect),
+            target => target.own_effect(),
+        }
+    }
+}
+
+impl Target {
+    fn own_effect(&self) -> Effect {
+        match self {
+            Self::Continue => Effect::None,
+            Self::Stop => Effect::Stops,
+            _ => Effect::Other,
+        }
+    }
+}
+
+/// The matches of a rule, and the words from `-j` or `-g` on.
+fn parse_matches(words: &[String]) -> (Vec<Match>, &[String]) {
+    let mut matches = Vec::new();
+    let mut module = "";
+    let mut is_negated = false;
+    let mut rest = words;
+    while let [word, values @ ..] = rest {
+        let value = values.first().map_or("", String::as_str);
+        let (selector, length) = match word.as_str() {
+            "-j" | "-g" => break,
+            "!" => {
+                is_negated = true;
+                rest = values;
+                continue;
+            }
+            "-m" => {
+                module = value;
+                let is_known = MODULES.contains(&module);
+                (Some(Selector::Unknown).filter(|_| !is_known), 2)
+            }
+            // Texts, which can look like options.
+            "--comment" | "--string" | "--hex-string" => (None, 2),
+            "-f" => (Some(Selector::Fragment), 1),
+            "--tcp-flags" => {
+                let set = values.get(1).map_or("", String::as_str);
+                let (mask, set) = (tcp_flags(value), tcp_flags(set));
+                (Some(Selector::TcpFlags { mask, set }), 3)
+            }
+            option if option.starts_with('-') => match selector(module, option, value) {
+                Some(selector) => (Some(selector), 2),
+                // How many values come after it is not known.
+                None => (Some(Selector::Unknown), 1),
+            },
+            // A value of an option that is not known.
+            _ => (None, 1),
+        };
+        matches.extend(selector.map(|selector| Match {
+            is_negated,
+            selector,
+        }));
+        is_negated = false;
+        rest = rest.get(length..).unwrap_or_default();
+    }
+    (matches, rest)
+}
+
+/// Matches whose options are known here; any other option of theirs is [`Selector::Unknown`].
+const MODULES: [&str; 13] = [
+    "tcp",
+    "udp",
+    "sctp",
+    "icmp",
+    "multiport",
+    "mark",
+    "connmark",
+    "conntrack",
+    "state",
+    "comment",
+    "addrtype",
+    "iprange",
+    "pkttype",
+];
+
+/// An option with one value; none where it is not known here.
+fn selector(module: &str, option: &str, value: &str) -> Option<Selector> {
+    let list = || value.split(',').map(str::to_owned).collect();
+    Some(match (module, option) {
+        (_, "-s") => Selector::Source(value.parse().ok()?),
+        (_, "-d") => Selector::Destination(value.parse().ok()?),
+        (_, "-i") => Selector::InInterface(value.to_owned()),
+        (_, "-o") => Selector::OutInterface(value.to_owned()),
+        // Another name of /etc/protocols is another protocol.
+        (_, "-p") => Selector::Protocol(Protocol::parse_rule(value)),
+        ("tcp" | "udp" | "sctp" | "multiport", "--sport" | "--sports") => {
+            Selector::SourcePort(ports(value)?)
+        }
+        ("tcp" | "udp" | "sctp" | "multiport", "--dport" | "--dports") => {
+            Selector::DestinationPort(ports(value)?)
+        }
+        ("multiport", "--ports") => Selector::EitherPort(ports(value)?),
+        ("icmp", "--icmp-type") if value == "any" => Selector::IcmpType(None),
+        ("icmp", "--icmp-type") => Selector::IcmpType(Some(value.split('/').next()?.parse().ok()?)),
+        ("mark", "--mark") => Selector::Mark(FwMark::parse(value)?),
+        ("connmark", "--mark") => Selector::ConnectionMark(FwMark::parse(value)?),
+        ("conntrack", "--ctstate") | ("state", "--state") => Selector::State(list()),
+        ("conntrack", "--ctdir") => Selector::IsReply(value == "REPLY"),
+        ("conntrack", "--ctproto") => Selector::Protocol(Protocol::parse_rule(value)),
+        ("conntrack", "--ctorigsrc") => Selector::OriginalSource(value.parse().ok()?),
+        ("conntrack", "--ctorigdst") => Selector::OriginalDestination(value.parse().ok()?),
+        ("conntrack", "--ctorigdstport") => Selector::OriginalDestinationPort(ports(value)?),
+        ("addrtype", "--src-type") => Selector::SourceType(list()),
+        ("addrtype", "--dst-type") => Selector::DestinationType(list()),
+        ("iprange", "--src-range") => {
+            let (first, last) = range(value)?;
+            Selector::SourceRange(first, last)
+        }
+        ("iprange", "--dst-range") => {
+            let (first, last) = range(value)?;
+            Selector::DestinationRange(first, last)
+        }
+        ("pkttype", "--pkt-type") => Selector::IsUnicast(value == "unicast"),
+        _ => return None,
+    })
+}
+
+/// `80`, `8000:8010`, `8000:`, `22,80,8000:8010`
+fn ports(list: &str) -> Option<Vec<PortRange>> {
+    let number = |text: &str, open| match text {
+        "" => Some(open),
+        _ => text.parse().ok(),
+    };
+    let ranges = list.split(',').map(|item| {
+        let (first, last) = item.split_once(':').unwrap_or((item, item));
+        Some(PortRange {
+            first: number(first, 0)?,
+            last: number(last, u16::MAX)?,
+        })
+    });
+    ranges.collect()
+}
+
+/// `192.168.0.2-192.168.0.9`
+fn range(text: &str) -> Option<(Ipv4Addr, Ipv4Addr)> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    Some((first.parse().ok()?, last.parse().ok()?))
+}
+
+pub(super) const FIN: u8 = 1;
+pub(super) const SYN: u8 = 2;
+const RST: u8 = 4;
+pub(super) const PSH: u8 = 8;
+pub(super) const ACK: u8 = 16;
+pub(super) const URG: u8 = 32;
+
+/// `FIN,SYN,RST,ACK`, `ALL`, `NONE`
+fn tcp_flags(list: &str) -> u8 {
+    let flag = |name| match name {
+        "FIN" => FIN,
+        "SYN" => SYN,
+        "RST" => RST,
+        "PSH" => PSH,
+        "ACK" => ACK,
+        "URG" => URG,
+        "ALL" => FIN | SYN | RST | PSH | ACK | URG,
+        _ => 0,
+    };
+    list.split(',').map(flag).fold(0, |all, flag| all | flag)
+}
+
+/// The words after a target.
+struct Options<'a>(&'a [String]);
+
+impl<'a> Options<'a> {
+    fn has(&self, option: &str) -> bool {
+        self.0.iter().any(|word| word == option)
+    }
+
+    fn value(&self, option: &str) -> Option<&'a str> {
+        let at = self.0.iter().position(|word| word == option)?;
+        self.0.get(at + 1).map(String::as_str)
+    }
+
+    fn bits(&self, option: &str) -> Option<u32> {
+        bits(self.value(option)?)
+    }
+
+    /// What MARK and CONNMARK set, in whatever notation, as value and mask of `--set-xmark`.
+    fn set_mark(&self) -> Option<FwMark> {
+        let set = |value, mask| Some(FwMark { value, mask });
+        if let Some(text) = self.value("--set-xmark") {
+            FwMark::parse(text)
+        } else if let Some(text) = self.value("--set-mark") {
+            let FwMark { value, mask } = FwMark::parse(text)?;
+            set(value, mask | value)
+        } else if let Some(and) = self.bits("--and-mark") {
+            set(0, !and)
+        } else if let Some(or) = self.bits("--or-mark") {
+            set(or, or)
+        } else {
+            set(self.bits("--xor-mark")?, 0)
+        }
+    }
+
+    /// A target of CONNMARK that copies marks. One that shifts them is not known here.
+    fn copy_mark(&self) -> Option<MarkAction> {
+        if self.has("--left-shift-mark") || self.has("--right-shift-mark") {
+            return None;
+        }
+        let mask = |option| match self.value(option).or(self.value("--mask")) {
+            Some(text) => bits(text),
+            None => Some(u32::MAX),
+        };
+        let (nfmask, ctmask) = (mask("--nfmask")?, mask("--ctmask")?);
+        if self.has("--save-mark") {
+            Some(MarkAction::Save { nfmask, ctmask })
+        } else if self.has("--restore-mark") {
+            Some(MarkAction::Restore { nfmask, ctmask })
+        } else {
+            None
+        }
+    }
+
+    /// `192.168.0.2`, `192.168.0.2-192.168.0.9:8000-8010`, `:8000`: the first address and port.
+    fn address(&self, option: &str) -> (Option<Ipv4Addr>, Option<u16>) {
+        let text = self.value(option).unwrap_or_default();
+        let (addresses, ports) = text.split_once(':').unwrap_or((text, ""));
+        let first = |text: &'a str| text.split(['-', '/']).next().unwrap_or_default();
+        (first(addresses).parse().ok(), first(ports).parse().ok())
+    }
+}
+
+/// Targets that neither end a packet's way nor change what decides about the packet.
+const BYSTANDERS: [&str; 22] = [
+    "LOG",
+    "NFLOG",
+    "ULOG",
+    "AUDIT",
+    "TRACE",
+    "TCPMSS",
+    "TCPOPTSTRIP",
+    "CHECKSUM",
+    "CLASSIFY",
+    "DSCP",
+    "TOS",
+    "TTL",
+    "ECN",
+    "SET",
+    "CT",
+    "SECMARK",
+    "CONNSECMARK",
+    "TEE",
+    "RATEEST",
+    "IDLETIMER",
+    "LED",
+    "ACCOUNT",
+];
+
+/// A target by name; none for a chain, and for what is not known here.
+fn parse_target(name: &str, options: &Options) -> Option<Target> {
+    Some(match name {
+        "ACCEPT" => Target::Accept,
+        "DROP" | "REJECT" | "TARPIT" | "STEAL" => Target::Stop,
+        "RETURN" => Target::Return,
+        "NOTRACK" => Target::Notrack,
+        "CT" if options.has("--notrack") => Target::Notrack,
+        "MARK" => Target::Mark(MarkAction::SetPacket(options.set_mark()?)),
+        "CONNMARK" => Target::Mark(match options.set_mark() {
+            Some(set) => MarkAction::SetConnection(set),
+            None => options.copy_mark()?,
+        }),
+        "DNAT" => {
+            let (address, port) = options.address("--to-destination");
+            Target::DestinationNat(address, port)
+        }
+        "REDIRECT" => {
+            let ports = options.value("--to-ports");
+            let first = ports.and_then(|ports| ports.split('-').next());
+            Target::Redirect(first.and_then(|port| port.parse().ok()))
+        }
+        "SNAT" => Target::SourceNat(options.address("--to-source").0),
+        "MASQUERADE" => Target::Masquerade,
+        "NETMAP" => Target::NetMap(options.value("--to")?.parse().ok()?),
+        _ if BYSTANDERS.contains(&name) => Target::Continue,
+        _ => return None,
+    })
+}
+
+impl MarkAction {
+    /// Both marks after the action: the packet's, and the connection's (`connmark_tg_shift`, `mark_tg`,
+    /// net/netfilter/xt_connmark.c, xt_mark.c).
+    pub fn apply(self, packet: u32, connection: u32) -> (u32, u32) {
+        let set = |old: u32, FwMark { value, mask }| old & !mask ^ value;
+        match self {
+            Self::SetPacket(mark) => (set(packet, mark), connection),
+            Self::SetConnection(mark) => (packet, set(connection, mark)),
+            Self::Save { nfmask, ctmask } => (packet, connection & !ctmask ^ (packet & nfmask)),
+            Self::Restore { nfmask, ctmask } => {
+                (packet & !nfmask ^ (connection & ctmask), connection)
+            }
+        }
+    }
+
+    /// The same action that leaves these bits as they are.
+    pub fn without(self, bits: u32) -> Self {
+        let set = |FwMark { value, mask }| FwMark {
+            value: value & !bits,
+            mask: mask & !bits,
+        };
+        match self {
+            Self::SetPacket(mark) => Self::SetPacket(set(mark)),
+            Self::SetConnection(mark) => Self::SetConnection(set(mark)),
+            Self::Save { nfmask, ctmask } => Self::Save {
+                nfmask: nfmask & !bits,
+                ctmask: ctmask & !bits,
+            },
+            Self::Restore { nfmask, ctmask } => Self::Restore {
+                nfmask: nfmask & !bits,
+                ctmask: ctmask & !bits,
+            },
+        }
+    }
+}
+
+/// `-j CONNMARK --set-xmark 0xa/0xff`
+impl fmt::Display for MarkAction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SetPacket(mark) => write!(f, "-j MARK --set-xmark {mark}"),
+            Self::SetConnection(mark) => write!(f, "-j CONNMARK --set-xmark {mark}"),
+            Self::Save { nfmask, ctmask } => write!(
+                f,
+                "-j CONNMARK --save-mark --nfmask {nfmask:#x} --ctmask {ctmask:#x}"
+            ),
+            Self::Restore { nfmask, ctmask } => write!(
+                f,
+                "-j CONNMARK --restore-mark --nfmask {nfmask:#x} --ctmask {ctmask:#x}"
+            ),
+        }
+    }
+}
