@@ -36,6 +36,11 @@ enum Failure {
     Usage(Error),
 }
 
+/// musl's own allocator gives memory back to the kernel at once, and asks for it again: measured at 10,000 forwards, a call
+/// with nothing to do takes a third longer with it (tests/bench).
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 fn main() -> ExitCode {
     let arguments = match Arguments::parse(env::args_os()) {
         Ok(arguments) => arguments,

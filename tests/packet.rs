@@ -828,7 +828,7 @@ fn a_comment_of_several_lines_is_one_rule() {
     let save = "*nat\n:PREROUTING ACCEPT [0:0]\n:mh-isp0 - [0:0]\n\
         [1:2] -A PREROUTING -m comment --comment \"one\n-A mh-isp0 -j DROP\nCOMMIT\n\\\" three\" -j ACCEPT\n\
         -A mh-isp0 -j RETURN\nCOMMIT\n";
-    let ruleset = Ruleset::parse(&save).expect("a listing");
+    let ruleset = Ruleset::parse(save).expect("a listing");
     let traced = TracedRuleset::new(&ruleset);
     let rules = &traced.tables["nat"]["PREROUTING"].rules;
     assert_eq!(rules.len(), 1, "{rules:?}");

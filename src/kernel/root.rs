@@ -36,6 +36,9 @@ impl Root {
 
     /// The path with all symbolic links resolved. None if there is no such file.
     pub fn canonical(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
+        if self.folder == Path::new("/") {
+            return path.as_ref().canonicalize().ok();
+        }
         let mut rest = names(path.as_ref());
         let mut path = PathBuf::from("/");
         let mut links = 0;
@@ -57,8 +60,13 @@ impl Root {
         self.place(&path).exists().then_some(path)
     }
 
-    /// The path for this process's own system calls, with all symbolic links resolved. None if there is no such file.
+    /// The path for this process's own system calls, which follows symbolic links below the root folder. None if there is no
+    /// such file there.
     pub fn reach(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
+        if self.folder == Path::new("/") {
+            // The kernel follows the links itself.
+            return Some(path.as_ref().to_owned());
+        }
         Some(self.place(&self.canonical(path)?))
     }
 
@@ -75,7 +83,7 @@ impl Root {
 
     /// Whether there is such a file, after symbolic links.
     pub fn exists(&self, path: impl AsRef<Path>) -> bool {
-        self.canonical(path).is_some()
+        self.metadata(path).is_some()
     }
 
     /// Whether the path itself is a symbolic link, dangling or not.

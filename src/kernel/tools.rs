@@ -23,7 +23,6 @@ pub struct Tools {
     save: PathBuf,
     restore: PathBuf,
     conntrack: Option<PathBuf>,
-    nft: Option<PathBuf>,
     root: Root,
     /// The backend that these iptables-save and iptables-restore use.
     pub backend: Backend,
@@ -117,7 +116,6 @@ impl Tools {
             save,
             restore: find("iptables-restore", "iptables")?,
             conntrack: find("conntrack", "conntrack").ok(),
-            nft: find("nft", "nftables").ok(),
             root: root.clone(),
             backend: if is_legacy {
                 Backend::Legacy
@@ -179,10 +177,10 @@ impl Tools {
     /// # Errors
     /// It can't be run.
     pub fn nft_chains(&self) -> Result<Option<String>> {
-        let Some(path) = &self.nft else {
+        let Ok(path) = find(&self.root, "nft", "nftables") else {
             return Ok(None);
         };
-        let output = self.start(path, &["list", "chains"])?.finish()?;
+        let output = self.start(&path, &["list", "chains"])?.finish()?;
         Ok(output.status.success().then_some(output.stdout))
     }
 
@@ -199,9 +197,9 @@ impl Tools {
     /// # Errors
     /// It can't be run, or fails.
     pub fn nft_tables(&self) -> Result<Option<String>> {
-        match &self.nft {
-            Some(path) => self.start(path, &["list", "tables"])?.answer().map(Some),
-            None => Ok(None),
+        match find(&self.root, "nft", "nftables") {
+            Ok(path) => self.start(&path, &["list", "tables"])?.answer().map(Some),
+            Err(_) => Ok(None),
         }
     }
 

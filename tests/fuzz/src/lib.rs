@@ -86,7 +86,7 @@ pub fn config(data: &[u8]) {
 /// Our entries in a listing of iptables-save.
 fn installed(config: Option<&Config>, save: &str) -> Option<State> {
     let kernel = Kernel {
-        ruleset: Ruleset::parse(&save).ok()?,
+        ruleset: Ruleset::parse(save).ok()?,
         ..Kernel::default()
     };
     Some(Owners::new(config, &kernel).installed(&kernel))
@@ -152,7 +152,7 @@ fn length(
 }
 
 fn walk(text: &str) {
-    let Ok(ruleset) = Ruleset::parse(&text) else {
+    let Ok(ruleset) = Ruleset::parse(text) else {
         return;
     };
     let ruleset = TracedRuleset::new(&ruleset);
