@@ -2,9 +2,12 @@
 //! (`/etc/ppp/peers`). A symbolic link with an absolute target leads below the root folder, too.
 
 use std::ffi::OsString;
-use std::fs::{self, Metadata};
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, Metadata, OpenOptions};
+use std::io::Read;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
+
+use nix::fcntl::OFlag;
 
 /// As many symbolic links as the kernel follows in one path (`MAXSYMLINKS`, linux/namei.h).
 const MAX_LINKS: usize = 40;
@@ -93,12 +96,15 @@ impl Root {
 
     /// The text of a regular file. None if there is no such file, or it can't be read.
     pub fn read(&self, path: impl AsRef<Path>) -> Option<String> {
-        let place = self.reach(path)?;
-        // Opening a fifo would wait for a writer.
-        if !place.is_file() {
+        // Without O_NONBLOCK opening a fifo would wait for a writer (fifo(7)).
+        let flags = OFlag::O_NONBLOCK.bits();
+        let options = OpenOptions::new().read(true).custom_flags(flags).clone();
+        let mut file = options.open(self.reach(path)?).ok()?;
+        if !file.metadata().ok()?.is_file() {
             return None;
         }
-        let bytes = fs::read(place).ok()?;
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).ok()?;
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 
