@@ -20,7 +20,8 @@ use mh_hook::model::state::State;
 use mh_hook::reconcile::Plan;
 use mh_hook::reconcile::diff::{Change, Step, diff};
 use mh_hook::reconcile::event::{Direction, Event};
-use mh_hook::reconcile::ownership::{Owners, parts};
+use mh_hook::reconcile::ownership::Owners;
+use mh_hook::reconcile::parts::parts;
 use mh_hook::reconcile::request::{Request, Seen};
 
 struct Case {

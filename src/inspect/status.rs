@@ -23,7 +23,7 @@ use crate::model::route::FwMark;
 use crate::model::state::State;
 use crate::reconcile::diff::diff;
 use crate::reconcile::dnat;
-use crate::reconcile::ownership::{Part, parts};
+use crate::reconcile::parts::{Part, parts};
 use crate::reconcile::unlisted;
 
 /// What `mh-hook status` prints.

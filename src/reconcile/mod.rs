@@ -7,8 +7,10 @@ pub mod desired;
 pub mod diff;
 pub mod dnat;
 pub mod event;
+pub mod forms;
 pub mod other_backend;
 pub mod ownership;
+pub mod parts;
 pub mod request;
 pub mod stale_flows;
 

@@ -1,7 +1,7 @@
 //! Whose an entry is. [`Owners::owner`] is the only place that says so; everybody asks it. Pure.
 //!
 //! Ownership lives in the kernel, not in files. Routes and rules carry our protocol number; rules of iptables have a form
-//! that we write ([`FORMS`], [`CHAIN_FORMS`]) and name their uplink by its chain or by a comment. Which uplink a route or
+//! that we write (`forms`) and name their uplink by its chain or by a comment. Which uplink a route or
 //! rule belongs to is told by the configuration, and where that does not name its table, mark or address, by the entries
 //! themselves: an uplink's chain sets a mark, a rule sends the mark to a table, a route in the table names an interface.
 
@@ -13,12 +13,11 @@ use crate::config::{Config, Uplink};
 use crate::kernel::iptables_save::Ruleset;
 use crate::kernel::link::Links;
 use crate::kernel::observe::Kernel;
-use crate::model::link::UplinkLinks;
 use crate::model::names::{IfName, PREFIX, UplinkName};
 use crate::model::netfilter::{Rule, Rules, Table, UplinkTable};
 use crate::model::route::{FwMark, PROTOCOL, Route, RouteRule, RuleAction, TableId};
 use crate::model::state::{Entry, State};
-use crate::reconcile::desired::{Up, desired};
+use crate::reconcile::forms::{Form, form, has_our_forms};
 
 /// Whose an entry is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,165 +48,6 @@ impl Claimant {
             Self::Link(_) => None,
         }
     }
-}
-
-/// The forms of our rules in chains that are not ours, as iptables-save prints them: `*` is any word, `{interface}` the
-/// uplink's, `{chain}` the name of the uplink's chain.
-const FORMS: [(Table, &str, &str); 15] = [
-    (Table::Mangle, "PREROUTING", "-i {interface} -j {chain}"),
-    (
-        Table::Mangle,
-        "PREROUTING",
-        "! -i {interface} -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
-    ),
-    // Written by version 0.1.0, for each of the LAN's interfaces.
-    (
-        Table::Mangle,
-        "PREROUTING",
-        "-i * -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
-    ),
-    (
-        Table::Mangle,
-        "OUTPUT",
-        "-m conntrack --ctdir REPLY -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
-    ),
-    (
-        Table::Mangle,
-        "FORWARD",
-        "-i {interface} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {chain} -j TCPMSS --set-mss *",
-    ),
-    (
-        Table::Mangle,
-        "FORWARD",
-        "-o {interface} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {chain} -j TCPMSS --clamp-mss-to-pmtu",
-    ),
-    (
-        Table::Nat,
-        "PREROUTING",
-        "-i {interface} -m addrtype --dst-type LOCAL -j {chain}",
-    ),
-    // Written by version 0.1.0.
-    (Table::Nat, "PREROUTING", "-i {interface} -j {chain}"),
-    (Table::Nat, "PREROUTING", "-d * -i * -j {chain}"),
-    (Table::Nat, "OUTPUT", "-d * -j {chain}"),
-    (
-        Table::Nat,
-        "POSTROUTING",
-        "-s * -o {interface} -m comment --comment {chain} -j MASQUERADE",
-    ),
-    (
-        Table::Nat,
-        "POSTROUTING",
-        "-s * -o * -m conntrack --ctstate DNAT --ctorigdst * -m comment --comment {chain} -j MASQUERADE",
-    ),
-    (
-        Table::Filter,
-        "FORWARD",
-        "-i {interface} -m conntrack --ctstate DNAT -m comment --comment {chain} -j ACCEPT",
-    ),
-    (
-        Table::Filter,
-        "FORWARD",
-        "-o {interface} -m conntrack --ctstate DNAT -m comment --comment {chain} -j ACCEPT",
-    ),
-    (
-        Table::Filter,
-        "FORWARD",
-        "-i * -m conntrack --ctstate DNAT --ctorigdst * -m comment --comment {chain} -j ACCEPT",
-    ),
-];
-
-/// The forms of the rules in an uplink's own chains; what stands in brackets may be left out.
-const CHAIN_FORMS: [(Table, &str); 5] = [
-    (
-        Table::Mangle,
-        "-m connmark --mark * -j CONNMARK --set-xmark *",
-    ),
-    (
-        Table::Mangle,
-        "-m connmark --mark * -j CONNMARK --restore-mark --nfmask * --ctmask *",
-    ),
-    // Written by version 0.1.0: `mh-isp0 rp_filter was 1`.
-    (Table::Mangle, "-m comment --comment *"),
-    (
-        Table::Nat,
-        "[-s *] [-p *] [-m * --dport *] -j DNAT --to-destination *",
-    ),
-    (Table::Nat, "-p * -m * --dport * -j {chain}"),
-];
-
-/// What a rule of a form that we write names.
-struct Form {
-    uplink: UplinkName,
-    interface: Option<String>,
-}
-
-/// A rule in a chain that is not ours, taken for one that we write.
-fn form(table: Table, chain: &str, rule: &Rule) -> Option<Form> {
-    if !rule.0.contains(PREFIX) {
-        return None;
-    }
-    let words = rule.words();
-    let mut forms = FORMS
-        .iter()
-        .filter(|(of, at, _)| *of == table && *at == chain);
-    forms.find_map(|(_, _, pattern)| {
-        let found = fits(pattern, &words)?;
-        Some(Form {
-            uplink: UplinkName::parse(found.chain?.strip_prefix(PREFIX)?).ok()?,
-            interface: found.interface.map(str::to_owned),
-        })
-    })
-}
-
-/// Whether all rules of a chain with one of our names are of forms that we write.
-fn has_our_forms(table: Table, rules: &Rules) -> bool {
-    rules.iter().all(|rule| {
-        let words = rule.words();
-        let mut forms = CHAIN_FORMS.iter().filter(|(of, _)| *of == table);
-        forms.any(|(_, pattern)| fits(pattern, &words).is_some())
-    })
-}
-
-/// The words at the places that a pattern names.
-#[derive(Clone, Copy, Default)]
-struct Found<'a> {
-    chain: Option<&'a str>,
-    interface: Option<&'a str>,
-}
-
-fn fits<'a>(pattern: &str, words: &'a [String]) -> Option<Found<'a>> {
-    let mut found = Found::default();
-    let mut rest = words;
-    // What stands in brackets is tried as a whole.
-    for (index, part) in pattern.split(['[', ']']).enumerate() {
-        let mut inner = (found, rest);
-        let is_there = part.split_ascii_whitespace().all(|expected| {
-            let Some((word, behind)) = inner.1.split_first() else {
-                return false;
-            };
-            inner.1 = behind;
-            match expected {
-                "*" => true,
-                "{chain}" => {
-                    inner.0.chain = Some(word);
-                    UplinkName::of_chain(word).is_some()
-                }
-                "{interface}" => {
-                    inner.0.interface = Some(word);
-                    true
-                }
-                expected => expected == word,
-            }
-        });
-        let is_optional = index % 2 == 1;
-        match is_there {
-            true => (found, rest) = inner,
-            false if is_optional => {}
-            false => return None,
-        }
-    }
-    rest.is_empty().then_some(found)
 }
 
 /// What tells whose an entry is.
@@ -623,97 +463,4 @@ impl Scope {
 /// The mark that a rule of ours gives to connections.
 pub fn sets_mark(rule: &Rule) -> Option<FwMark> {
     FwMark::parse(rule.value("--set-xmark")?)
-}
-
-/// One uplink's entries.
-#[derive(Debug, Default)]
-pub struct Part {
-    /// Those that are installed.
-    pub installed: State,
-    /// Those that are desired.
-    pub desired: State,
-}
-
-/// Each configured uplink's entries, and the orphans: what is installed, and no configured uplink claims.
-pub fn parts(
-    config: &Config,
-    owners: &Owners,
-    installed: &State,
-    links: &UplinkLinks,
-) -> (BTreeMap<UplinkName, Part>, State) {
-    let mut parts = BTreeMap::new();
-    for (name, uplink) in &config.uplinks {
-        let link = links.get(name).and_then(Option::as_ref);
-        let desired = link.map(|link| desired(config, &Up { name, uplink, link }));
-        let part = Part {
-            installed: State::default(),
-            desired: desired.unwrap_or_default(),
-        };
-        parts.insert(name.clone(), part);
-    }
-    // An entry is theirs who desire it, whoever made it; one that nobody desires counts once.
-    let desirers = Desirers::new(&parts);
-    let mut split = installed.split(|entry| {
-        let by = desirers.of(entry);
-        if !by.is_empty() {
-            return by.into_iter().map(Some).collect();
-        }
-        let claimants = match owners.owner(entry) {
-            Owner::Ours(claimants) => claimants,
-            Owner::Foreign => return Vec::new(),
-        };
-        let mut names = claimants.iter().filter_map(Claimant::uplink);
-        vec![names.find(|name| parts.contains_key(*name)).cloned()]
-    });
-    let orphans = split.remove(&None).unwrap_or_default();
-    for (name, own) in split {
-        if let Some(name) = name {
-            parts.entry(name).or_default().installed = own;
-        }
-    }
-    (parts, orphans)
-}
-
-/// Which uplinks desire an entry that several can.
-#[derive(Default)]
-struct Desirers<'a> {
-    routes: BTreeMap<&'a Route, Vec<UplinkName>>,
-    rules: BTreeMap<&'a RouteRule, Vec<UplinkName>>,
-    src_valid_mark: BTreeMap<&'a IfName, Vec<UplinkName>>,
-}
-
-impl<'a> Desirers<'a> {
-    fn new(parts: &'a BTreeMap<UplinkName, Part>) -> Self {
-        let mut desirers = Self::default();
-        for (name, part) in parts {
-            let State {
-                routes,
-                rules,
-                src_valid_mark,
-                // The uplink's name stands in each.
-                tables: _,
-            } = &part.desired;
-            for route in routes {
-                desirers.routes.entry(route).or_default().push(name.clone());
-            }
-            for rule in rules {
-                desirers.rules.entry(rule).or_default().push(name.clone());
-            }
-            for interface in src_valid_mark {
-                let names = desirers.src_valid_mark.entry(interface).or_default();
-                names.push(name.clone());
-            }
-        }
-        desirers
-    }
-
-    fn of(&self, entry: Entry) -> Vec<UplinkName> {
-        let names = match entry {
-            Entry::Route(route) => self.routes.get(route),
-            Entry::RouteRule(rule) => self.rules.get(rule),
-            Entry::SrcValidMark(interface) => self.src_valid_mark.get(interface),
-            Entry::Chain(..) | Entry::Rule(..) => None,
-        };
-        names.cloned().unwrap_or_default()
-    }
 }

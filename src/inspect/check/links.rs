@@ -10,7 +10,7 @@ use crate::model::names::{IfName, UplinkName};
 use crate::model::netfilter::Table;
 use crate::model::state::State;
 use crate::reconcile::diff::diff;
-use crate::reconcile::ownership::{Part, parts};
+use crate::reconcile::parts::{Part, parts};
 use crate::reconcile::{not_listed, writes_to};
 
 /// Checks both sides of the router, and our entries.
