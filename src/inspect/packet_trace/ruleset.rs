@@ -156,10 +156,12 @@ pub enum MarkAction {
 pub enum Effect {
     /// Nothing that decides about the packet.
     None,
-    /// It stops the packet.
+    /// Stops the packet.
     Stops,
-    /// It lets the packet pass, or changes the packet, or leaves the chain.
-    Other,
+    /// Keeps the packet from the rules that follow.
+    Passes,
+    /// Changes the packet or the connection.
+    Changes,
 }
 
 impl TracedRuleset {
@@ -214,13 +216,10 @@ fn chain_effect(chains: &Chains, name: &str, known: &mut BTreeMap<String, Effect
     known.insert(name.to_owned(), Effect::None);
     let mut effect = Effect::None;
     for rule in chains.get(name).into_iter().flat_map(|chain| &chain.rules) {
-        effect = effect.max(match &rule.target {
-            Target::Chain {
-                name,
-                is_goto: false,
-            } => chain_effect(chains, name, known),
-            target => target.own_effect(),
-        });
+        effect = effect.max(rule.target.own_effect());
+        if let Target::Chain { name, .. } = &rule.target {
+            effect = effect.max(chain_effect(chains, name, known));
+        }
     }
     known.insert(name.to_owned(), effect);
     effect
@@ -252,22 +251,30 @@ impl TracedRule {
 
     /// What the rule can do to a packet that it matches.
     pub fn effect(&self, chains: &Chains) -> Effect {
-        match &self.target {
-            Target::Chain {
-                name,
-                is_goto: false,
-            } => chains.get(name).map_or(Effect::None, |chain| chain.effect),
-            target => target.own_effect(),
-        }
+        let chain = match &self.target {
+            Target::Chain { name, .. } => chains.get(name),
+            _ => None,
+        };
+        let below = chain.map_or(Effect::None, |chain| chain.effect);
+        self.target.own_effect().max(below)
     }
 }
 
 impl Target {
     fn own_effect(&self) -> Effect {
         match self {
-            Self::Continue => Effect::None,
+            Self::Continue | Self::Chain { is_goto: false, .. } => Effect::None,
             Self::Stop => Effect::Stops,
-            _ => Effect::Other,
+            Self::Chain { is_goto: true, .. } | Self::Accept | Self::Return | Self::Undecided => {
+                Effect::Passes
+            }
+            Self::Notrack
+            | Self::Mark(_)
+            | Self::DestinationNat(..)
+            | Self::Redirect(_)
+            | Self::SourceNat(_)
+            | Self::Masquerade
+            | Self::NetMap(_) => Effect::Changes,
         }
     }
 }
