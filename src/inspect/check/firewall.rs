@@ -45,7 +45,7 @@ struct Case<'a> {
 /// Checks the forwards of the links that are up.
 pub fn check(view: &View, targets: &Targets) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let mut left = MAX_ALTERNATIVES;
+    let mut budget = MAX_ALTERNATIVES;
     for (name, uplink, link) in view.serving_links() {
         let chain = name.chain();
         let needs_mark_on_request = filters_strictly(view, link);
@@ -68,7 +68,7 @@ pub fn check(view: &View, targets: &Targets) -> Vec<Finding> {
                     lan: (!way.is_local).then_some(way.dev.as_str()),
                     needs_mark_on_request,
                 };
-                let finding = case.check(&mut dropped, &mut left);
+                let finding = case.check(&mut dropped, &mut budget);
                 // One rule can harm many forwards.
                 let is_new = |it: &Finding| reported.insert((it.id, it.fixes.clone()));
                 findings.extend(finding.filter(is_new).map(|it| it.of(name)));
@@ -107,7 +107,7 @@ enum Fault {
 
 impl Case<'_> {
     /// Traces the packets. A fault is certain if it does not depend on foreign rules that may match or not.
-    fn check(&self, dropped: &mut Dropped, left: &mut usize) -> Option<Finding> {
+    fn check(&self, dropped: &mut Dropped, budget: &mut usize) -> Option<Finding> {
         let (first, doubts) = self.trace(&[]);
         let is_dropped = matches!(first, Some(Fault::Dropped(..)));
         // What can change the outcome: of packets that pass, only what translates them or changes their marks counts.
@@ -121,10 +121,10 @@ impl Case<'_> {
         alternatives.add(&[], counting(doubts));
         let mut is_certain = first.is_some();
         let mut faults = Vec::from_iter(first);
-        while *left > 0
+        while *budget > 0
             && let Some(assumed) = alternatives.pop()
         {
-            *left -= 1;
+            *budget -= 1;
             let (fault, doubts) = self.trace(&assumed);
             alternatives.add(&assumed, counting(doubts));
             is_certain &= fault.is_some();
@@ -222,7 +222,7 @@ impl Case<'_> {
 
         let mut reply = Packet {
             iif: lan.clone(),
-            // Before the mark counts, the router's own replies can be routed elsewhere.
+            // The route of the router's own replies before OUTPUT restores the mark is not asked for.
             oif: lan.is_none().then(|| uplink.clone()),
             header: request.header.reversed(),
             mark: 0,

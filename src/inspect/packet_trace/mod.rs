@@ -310,7 +310,7 @@ const MAX_DEPTH: usize = 32;
 
 /// How many rules are evaluated in one table. Chains that each jump to the next more than once can make a packet meet so
 /// many rules that nobody would wait for the end.
-pub const MAX_RULES: usize = 200_000;
+const MAX_RULES: usize = 200_000;
 
 /// The evaluation of a packet in one table of one backend.
 struct Evaluation<'a> {

@@ -268,13 +268,7 @@ impl Target {
             Self::Chain { is_goto: true, .. } | Self::Accept | Self::Return | Self::Undecided => {
                 Effect::Passes
             }
-            Self::Notrack
-            | Self::Mark(_)
-            | Self::DestinationNat(..)
-            | Self::Redirect(_)
-            | Self::SourceNat(_)
-            | Self::Masquerade
-            | Self::NetMap(_) => Effect::Changes,
+            _ => Effect::Changes,
         }
     }
 }
@@ -296,7 +290,7 @@ fn parse_matches(words: &[String]) -> (Vec<Match>, &[String]) {
             }
             "-m" => {
                 module = value;
-                let is_known = MODULES.contains(&module);
+                let is_known = is_listed(MODULES, module);
                 (Some(Selector::Unknown).filter(|_| !is_known), 2)
             }
             // Texts, which can look like options.
@@ -326,21 +320,16 @@ fn parse_matches(words: &[String]) -> (Vec<Match>, &[String]) {
 }
 
 /// Matches whose options are known here; any other option of theirs is [`Selector::Unknown`].
-const MODULES: [&str; 13] = [
-    "tcp",
-    "udp",
-    "sctp",
-    "icmp",
-    "multiport",
-    "mark",
-    "connmark",
-    "conntrack",
-    "state",
-    "comment",
-    "addrtype",
-    "iprange",
-    "pkttype",
-];
+const MODULES: &str =
+    "tcp udp sctp icmp multiport mark connmark conntrack state comment addrtype iprange pkttype";
+
+/// Targets that neither end a packet's way nor change what decides about the packet.
+const BYSTANDERS: &str = "LOG NFLOG ULOG AUDIT TRACE TCPMSS TCPOPTSTRIP CHECKSUM CLASSIFY DSCP TOS TTL ECN SET CT SECMARK \
+                          CONNSECMARK TEE RATEEST IDLETIMER LED ACCOUNT";
+
+fn is_listed(names: &str, name: &str) -> bool {
+    names.split(' ').any(|it| it == name)
+}
 
 /// An option with one value; none where it is not known here.
 fn selector(module: &str, option: &str, value: &str) -> Option<Selector> {
@@ -490,32 +479,6 @@ impl<'a> Options<'a> {
     }
 }
 
-/// Targets that neither end a packet's way nor change what decides about the packet.
-const BYSTANDERS: [&str; 22] = [
-    "LOG",
-    "NFLOG",
-    "ULOG",
-    "AUDIT",
-    "TRACE",
-    "TCPMSS",
-    "TCPOPTSTRIP",
-    "CHECKSUM",
-    "CLASSIFY",
-    "DSCP",
-    "TOS",
-    "TTL",
-    "ECN",
-    "SET",
-    "CT",
-    "SECMARK",
-    "CONNSECMARK",
-    "TEE",
-    "RATEEST",
-    "IDLETIMER",
-    "LED",
-    "ACCOUNT",
-];
-
 /// A target by name; none for a chain, and for what is not known here.
 fn parse_target(name: &str, options: &Options) -> Option<Target> {
     Some(match name {
@@ -541,7 +504,7 @@ fn parse_target(name: &str, options: &Options) -> Option<Target> {
         "SNAT" => Target::SourceNat(options.address("--to-source").0),
         "MASQUERADE" => Target::Masquerade,
         "NETMAP" => Target::NetMap(options.value("--to")?.parse().ok()?),
-        _ if BYSTANDERS.contains(&name) => Target::Continue,
+        _ if is_listed(BYSTANDERS, name) => Target::Continue,
         _ => return None,
     })
 }
