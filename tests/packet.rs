@@ -1,12 +1,11 @@
 //! Packets against rules: which rules match, and what they do to a packet. Netfilter itself is asked in
 //! tests/flow/explain.bash.
 
-use std::convert::Infallible;
 use std::net::Ipv4Addr;
 
 use mh_hook::inspect::packet_trace::{
-    Connection, Context, Doubt, Event, Header, Hook, Packet, Passage, Position, TracedRuleset,
-    alternatives,
+    Alternatives, Connection, Context, Doubt, Effect, Event, Header, Hook, Packet, Passage,
+    Position, TracedRuleset,
 };
 use mh_hook::kernel::iptables_save::Ruleset;
 use mh_hook::kernel::link::{Link, Links};
@@ -133,12 +132,18 @@ impl Router {
             (passage.stopped.is_none(), passage.doubts)
         };
         let (passes, doubts) = trace(&[]);
-        let Ok(others) = alternatives(doubts, |it| Ok::<_, Infallible>(trace(it)));
-        let differ = others.outcomes.iter().any(|(_, other)| *other != passes);
-        match (others.are_all && !differ, passes) {
-            (false, _) => "maybe",
-            (true, true) => "yes",
-            (true, false) => "no",
+        let mut differ = false;
+        let mut alternatives = Alternatives::default();
+        alternatives.add(&[], doubts);
+        while let Some(assumed) = alternatives.pop() {
+            let (other, doubts) = trace(&assumed);
+            alternatives.add(&assumed, doubts);
+            differ |= other != passes;
+        }
+        match (differ || alternatives.are_left(), passes) {
+            (true, _) => "maybe",
+            (false, true) => "yes",
+            (false, false) => "no",
         }
     }
 }
@@ -769,25 +774,26 @@ fn a_doubt_is_one_only_where_it_makes_a_difference() {
     let doubts = |rules: &[&str]| {
         let (passage, _) = forward(rules, known(Position::First));
         let doubts = passage.doubts.into_iter();
-        doubts
-            .map(|it| (it.event, it.only_stops))
-            .collect::<Vec<_>>()
+        doubts.map(|it| (it.event, it.effect)).collect::<Vec<_>>()
     };
     let limit = "-m limit --limit 3/min";
     assert_eq!(doubts(&[&format!("{limit} -j LOG")]), []);
     assert_eq!(doubts(&[limit]), []);
     assert_eq!(doubts(&[&format!("{limit} -j log"), "log: -j LOG"]), []);
-    let stops = [(Event::Matches, true)];
+    let stops = [(Event::Matches, Effect::Stops)];
     assert_eq!(doubts(&[&format!("{limit} -j DROP")]), stops);
     assert_eq!(doubts(&[&format!("{limit} -j no"), "no: -j DROP"]), stops);
     assert_eq!(
         doubts(&[&format!("{limit} -j a"), "a: -j b", "b: -j DROP"]),
         stops
     );
-    let other = [(Event::Matches, false)];
+    let other = [(Event::Matches, Effect::Passes)];
     assert_eq!(doubts(&[&format!("{limit} -j ACCEPT")]), other);
     assert_eq!(doubts(&[&format!("{limit} -g no"), "no: -j DROP"]), other);
-    let queue = [(Event::Accepts, false), (Event::Stops, true)];
+    let queue = [
+        (Event::Accepts, Effect::Passes),
+        (Event::Stops, Effect::Stops),
+    ];
     assert_eq!(doubts(&["-j NFQUEUE --queue-num 1"]), queue);
 }
 

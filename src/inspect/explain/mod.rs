@@ -8,12 +8,12 @@ mod trace;
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
 
-use anyhow::{Context, Error, Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
 use crate::config::{Config, Uplink};
 use crate::inspect::explain::trace::{Failure, Inputs};
-use crate::inspect::packet_trace::{Doubt, Place, alternatives};
+use crate::inspect::packet_trace::{Alternatives, Doubt, Place};
 use crate::inspect::report::{Report, Style, Tone, align};
 use crate::inspect::snapshot::Snapshot;
 use crate::model::forward::{Asked, Forward, Protocol};
@@ -281,23 +281,21 @@ pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Res
     };
     let trace = inputs.trace(&[])?;
     let mut caveats = trace.caveats;
-    let others = alternatives(trace.doubts, |assumed| {
-        let other = inputs.trace(assumed)?;
-        Ok::<_, Error>((other.end, other.doubts))
-    })?;
     let is_success = trace.end.is_ok();
-    let differing = others
-        .outcomes
-        .iter()
-        .filter(|(_, end)| end.is_ok() != is_success);
-    let differing: Vec<String> = differing.map(|(it, end)| caveat(it, end)).collect();
-    let is_sure = others.are_all && differing.is_empty();
-    caveats.extend(differing);
-    if !others.are_all {
-        caveats.push(format!(
-            "more than {} rules may match or not, and not all of them were tried",
-            others.outcomes.len()
-        ));
+    let mut is_sure = true;
+    let mut alternatives = Alternatives::default();
+    alternatives.add(&[], trace.doubts);
+    while let Some(assumed) = alternatives.pop() {
+        let other = inputs.trace(&assumed)?;
+        alternatives.add(&assumed, other.doubts);
+        if other.end.is_ok() != is_success {
+            is_sure = false;
+            caveats.push(caveat(&assumed, &other.end));
+        }
+    }
+    if alternatives.are_left() {
+        is_sure = false;
+        caveats.push("there are more rules that may match or not than explain tries".into());
     }
     if !snapshot.nft_tables.is_empty() {
         caveats.push(format!(

@@ -2,7 +2,7 @@
 //!
 //! Not everything is known: a rule may ask for more than the packet (`limit`, `set`) or have a match that is not known here,
 //! and of the packets that `check` traces the client is not known. So a match says yes, no or maybe. A rule that may match
-//! is passed over and noted as a doubt; [`alternatives`] traces again with doubts assumed to come true.
+//! is passed over and noted as a doubt; with [`Alternatives`], the packet is traced again with doubts assumed to come true.
 
 mod packet;
 mod ruleset;
@@ -11,13 +11,14 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::rc::Rc;
+use std::slice;
 
 use ipnetwork::Ipv4Network;
 use serde::{Serialize, Serializer};
 
 pub use self::packet::{Connection, Header, Packet, Position};
-use self::ruleset::{ACK, Chains, Effect, FIN, Match, PSH, SYN, Selector, Target, TracedRule, URG};
-pub use self::ruleset::{MarkAction, TracedRuleset};
+use self::ruleset::{ACK, Chains, FIN, Match, PSH, SYN, Selector, Target, TracedRule, URG};
+pub use self::ruleset::{Effect, MarkAction, TracedRuleset};
 use crate::kernel::link::Links;
 use crate::kernel::tools::Backend;
 use crate::model::forward::PortRange;
@@ -140,8 +141,8 @@ pub struct Doubt {
     pub place: Place,
     /// What may happen at the rule.
     pub event: Event,
-    /// Whether the packet can only be stopped by that.
-    pub only_stops: bool,
+    /// What that can do to the packet, at most.
+    pub effect: Effect,
 }
 
 /// What may happen at a rule.
@@ -184,46 +185,43 @@ pub struct Passage {
     pub doubts: Vec<Doubt>,
 }
 
-/// How often one trace is repeated, at most, with doubts assumed.
+/// How many alternatives are traced, at most.
 const MAX_ALTERNATIVES: usize = 16;
 
-/// The outcomes of traces with doubts assumed to come true.
-#[derive(Debug)]
-pub struct Alternatives<T> {
-    /// What was assumed, and the outcome.
-    pub outcomes: Vec<(Vec<Doubt>, T)>,
-    /// Whether there are no more than were traced.
-    pub are_all: bool,
+/// The alternatives to a trace: each of its doubts is assumed to come true, and where that raises new doubts, those together
+/// with it.
+#[derive(Debug, Default)]
+pub struct Alternatives {
+    known: Vec<Doubt>,
+    waiting: VecDeque<Vec<Doubt>>,
+    traced: usize,
 }
 
-/// Traces again with doubts assumed to come true: each alone, and where that raises new ones, those together with it.
-/// `trace` returns the outcome and the doubts that it meets.
-///
-/// # Errors
-/// Those of `trace`.
-pub fn alternatives<T, E>(
-    doubts: Vec<Doubt>,
-    mut trace: impl FnMut(&[Doubt]) -> Result<(T, Vec<Doubt>), E>,
-) -> Result<Alternatives<T>, E> {
-    let mut known = doubts.clone();
-    let mut waiting: VecDeque<Vec<Doubt>> = doubts.into_iter().map(|it| vec![it]).collect();
-    let mut outcomes = Vec::new();
-    while outcomes.len() < MAX_ALTERNATIVES
-        && let Some(assumed) = waiting.pop_front()
-    {
-        let (outcome, doubts) = trace(&assumed)?;
+impl Alternatives {
+    /// Adds the doubts that were met in a trace with these assumed.
+    pub fn add(&mut self, assumed: &[Doubt], doubts: Vec<Doubt>) {
         for doubt in doubts {
-            if !known.contains(&doubt) {
-                known.push(doubt.clone());
-                waiting.push_back([&assumed[..], &[doubt]].concat());
+            if !self.known.contains(&doubt) {
+                self.waiting
+                    .push_back([assumed, slice::from_ref(&doubt)].concat());
+                self.known.push(doubt);
             }
         }
-        outcomes.push((assumed, outcome));
     }
-    Ok(Alternatives {
-        outcomes,
-        are_all: waiting.is_empty(),
-    })
+
+    /// What to assume in the next trace.
+    pub fn pop(&mut self) -> Option<Vec<Doubt>> {
+        if self.traced == MAX_ALTERNATIVES {
+            return None;
+        }
+        self.traced += 1;
+        self.waiting.pop_front()
+    }
+
+    /// Whether there are alternatives that were not traced.
+    pub fn are_left(&self) -> bool {
+        !self.waiting.is_empty()
+    }
 }
 
 /// What decides about packets, apart from themselves.
@@ -312,7 +310,7 @@ const MAX_DEPTH: usize = 32;
 
 /// How many rules are evaluated in one table. Chains that each jump to the next more than once can make a packet meet so
 /// many rules that nobody would wait for the end.
-pub const MAX_RULES: usize = 200_000;
+const MAX_RULES: usize = 200_000;
 
 /// The evaluation of a packet in one table of one backend.
 struct Evaluation<'a> {
@@ -392,22 +390,19 @@ impl Evaluation<'_> {
 
     /// Notes what may happen at a rule, unless that makes no difference.
     fn doubt(&mut self, rule: &TracedRule, place: Place) {
-        let mut note = |event, only_stops| {
-            self.passage.doubts.push(Doubt {
-                place: place.clone(),
-                event,
-                only_stops,
-            });
-        };
-        match (&rule.target, rule.effect(self.chains)) {
-            (Target::Undecided, _) => {
-                note(Event::Accepts, false);
-                note(Event::Stops, true);
+        let events: &[_] = match (&rule.target, rule.effect(self.chains)) {
+            (_, Effect::None) => &[],
+            (Target::Undecided, effect) => {
+                &[(Event::Accepts, effect), (Event::Stops, Effect::Stops)]
             }
-            (_, Effect::None) => {}
-            (_, Effect::Stops) => note(Event::Matches, true),
-            (_, Effect::Other) => note(Event::Matches, false),
-        }
+            (_, effect) => &[(Event::Matches, effect)],
+        };
+        let doubts = events.iter().map(|(event, effect)| Doubt {
+            place: place.clone(),
+            event: *event,
+            effect: *effect,
+        });
+        self.passage.doubts.extend(doubts);
     }
 
     /// Carries out the target of a rule that matches; none where the next rule follows.

@@ -156,10 +156,12 @@ pub enum MarkAction {
 pub enum Effect {
     /// Nothing that decides about the packet.
     None,
-    /// It stops the packet.
+    /// Stops the packet.
     Stops,
-    /// It lets the packet pass, or changes the packet, or leaves the chain.
-    Other,
+    /// Keeps the packet from the rules that follow.
+    Passes,
+    /// Changes the packet or the connection.
+    Changes,
 }
 
 impl TracedRuleset {
@@ -214,13 +216,10 @@ fn chain_effect(chains: &Chains, name: &str, known: &mut BTreeMap<String, Effect
     known.insert(name.to_owned(), Effect::None);
     let mut effect = Effect::None;
     for rule in chains.get(name).into_iter().flat_map(|chain| &chain.rules) {
-        effect = effect.max(match &rule.target {
-            Target::Chain {
-                name,
-                is_goto: false,
-            } => chain_effect(chains, name, known),
-            target => target.own_effect(),
-        });
+        effect = effect.max(rule.target.own_effect());
+        if let Target::Chain { name, .. } = &rule.target {
+            effect = effect.max(chain_effect(chains, name, known));
+        }
     }
     known.insert(name.to_owned(), effect);
     effect
@@ -252,22 +251,24 @@ impl TracedRule {
 
     /// What the rule can do to a packet that it matches.
     pub fn effect(&self, chains: &Chains) -> Effect {
-        match &self.target {
-            Target::Chain {
-                name,
-                is_goto: false,
-            } => chains.get(name).map_or(Effect::None, |chain| chain.effect),
-            target => target.own_effect(),
-        }
+        let chain = match &self.target {
+            Target::Chain { name, .. } => chains.get(name),
+            _ => None,
+        };
+        let below = chain.map_or(Effect::None, |chain| chain.effect);
+        self.target.own_effect().max(below)
     }
 }
 
 impl Target {
     fn own_effect(&self) -> Effect {
         match self {
-            Self::Continue => Effect::None,
+            Self::Continue | Self::Chain { is_goto: false, .. } => Effect::None,
             Self::Stop => Effect::Stops,
-            _ => Effect::Other,
+            Self::Chain { is_goto: true, .. } | Self::Accept | Self::Return | Self::Undecided => {
+                Effect::Passes
+            }
+            _ => Effect::Changes,
         }
     }
 }
@@ -289,7 +290,7 @@ fn parse_matches(words: &[String]) -> (Vec<Match>, &[String]) {
             }
             "-m" => {
                 module = value;
-                let is_known = MODULES.contains(&module);
+                let is_known = is_listed(MODULES, module);
                 (Some(Selector::Unknown).filter(|_| !is_known), 2)
             }
             // Texts, which can look like options.
@@ -319,21 +320,16 @@ fn parse_matches(words: &[String]) -> (Vec<Match>, &[String]) {
 }
 
 /// Matches whose options are known here; any other option of theirs is [`Selector::Unknown`].
-const MODULES: [&str; 13] = [
-    "tcp",
-    "udp",
-    "sctp",
-    "icmp",
-    "multiport",
-    "mark",
-    "connmark",
-    "conntrack",
-    "state",
-    "comment",
-    "addrtype",
-    "iprange",
-    "pkttype",
-];
+const MODULES: &str =
+    "tcp udp sctp icmp multiport mark connmark conntrack state comment addrtype iprange pkttype";
+
+/// Targets that neither end a packet's way nor change what decides about the packet.
+const BYSTANDERS: &str = "LOG NFLOG ULOG AUDIT TRACE TCPMSS TCPOPTSTRIP CHECKSUM CLASSIFY DSCP TOS TTL ECN SET CT SECMARK \
+                          CONNSECMARK TEE RATEEST IDLETIMER LED ACCOUNT";
+
+fn is_listed(names: &str, name: &str) -> bool {
+    names.split(' ').any(|it| it == name)
+}
 
 /// An option with one value; none where it is not known here.
 fn selector(module: &str, option: &str, value: &str) -> Option<Selector> {
@@ -483,32 +479,6 @@ impl<'a> Options<'a> {
     }
 }
 
-/// Targets that neither end a packet's way nor change what decides about the packet.
-const BYSTANDERS: [&str; 22] = [
-    "LOG",
-    "NFLOG",
-    "ULOG",
-    "AUDIT",
-    "TRACE",
-    "TCPMSS",
-    "TCPOPTSTRIP",
-    "CHECKSUM",
-    "CLASSIFY",
-    "DSCP",
-    "TOS",
-    "TTL",
-    "ECN",
-    "SET",
-    "CT",
-    "SECMARK",
-    "CONNSECMARK",
-    "TEE",
-    "RATEEST",
-    "IDLETIMER",
-    "LED",
-    "ACCOUNT",
-];
-
 /// A target by name; none for a chain, and for what is not known here.
 fn parse_target(name: &str, options: &Options) -> Option<Target> {
     Some(match name {
@@ -534,7 +504,7 @@ fn parse_target(name: &str, options: &Options) -> Option<Target> {
         "SNAT" => Target::SourceNat(options.address("--to-source").0),
         "MASQUERADE" => Target::Masquerade,
         "NETMAP" => Target::NetMap(options.value("--to")?.parse().ok()?),
-        _ if BYSTANDERS.contains(&name) => Target::Continue,
+        _ if is_listed(BYSTANDERS, name) => Target::Continue,
         _ => return None,
     })
 }
