@@ -144,7 +144,11 @@ fn add_to_table(line: &str, chains: &mut BTreeMap<String, Chain>) -> Result<()> 
     let rule = rule.context("it is neither a chain nor a rule")?;
     let (name, text) = rule.split_once(' ').unwrap_or((rule, ""));
     ensure!(!name.is_empty(), "it names no chain");
-    let chain = chains.entry(name.to_owned()).or_default();
+    // Mostly it is declared already; there may be 10,000 rules.
+    let chain = match chains.get_mut(name) {
+        Some(chain) => chain,
+        None => chains.entry(name.to_owned()).or_default(),
+    };
     Rc::make_mut(&mut chain.rules).push(Rule::parse(text)?);
     chain.counters.push(counter);
     Ok(())

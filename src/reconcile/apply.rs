@@ -1,4 +1,4 @@
-//! Runs the steps of a plan: as few processes as can be, and the truth about each step.
+//! Runs the steps of a plan with as few processes as possible, and reports which steps were done.
 
 use std::fmt::Write;
 
@@ -12,19 +12,19 @@ use crate::kernel::tools::{OnError, Tools};
 use crate::reconcile::command::value;
 use crate::reconcile::diff::{Change, Edit, Step, entry_flag};
 
-/// What came of a plan.
+/// The outcome of the steps.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// Entries that came in.
+    /// Entries added.
     pub added: usize,
-    /// Entries that went.
+    /// Entries removed.
     pub removed: usize,
-    /// What failed.
+    /// The steps that failed, and why.
     pub errors: Vec<Error>,
 }
 
-/// How many changes are told one by one, and the others in their number: a journal drops what comes after
-/// 10,000 messages in 30 seconds (`RateLimitBurst=`, journald.conf(5)), and the last is the summary.
+/// How many changes are logged one by one at level info. journald drops messages after the first 10,000 in 30 seconds
+/// (`RateLimitBurst=`, journald.conf(5)), and the summary comes last.
 const MAX_TOLD: usize = 100;
 
 impl Outcome {
@@ -48,11 +48,12 @@ impl Outcome {
     }
 }
 
-/// Carries out the steps in their order, `ip` and iptables asked once each where the order lets them.
+/// Runs the steps in order. Consecutive steps of one tool are one call of that tool.
 pub fn apply<'a>(tools: &Tools, steps: &'a [Step], on_error: OnError) -> Outcome {
     let mut outcome = Outcome::default();
     let groups: Vec<&[Step]> = steps.chunk_by(|a, b| kind(a) == kind(b)).collect();
-    // Each tool has its input when its turn comes: the first at once, and while it works the others start.
+    // All tools start at once, but each is given its input only after the tool before it has ended: starting a tool takes
+    // longer than its work on a few entries.
     let mut starts = groups
         .iter()
         .map(|group| (*group, start(tools, group, on_error)));
@@ -102,7 +103,7 @@ fn first_command(step: &Step) -> String {
         .unwrap_or_default()
 }
 
-/// The tool for steps of one kind; none for files.
+/// Starts the tool for steps of one kind. None if the steps write files.
 fn start(tools: &Tools, steps: &[Step], on_error: OnError) -> Option<Result<Process>> {
     match kind(&steps[0]) {
         Kind::Ip => Some(tools.ip_batch(on_error)),
@@ -111,7 +112,7 @@ fn start(tools: &Tools, steps: &[Step], on_error: OnError) -> Option<Result<Proc
     }
 }
 
-/// What the tool for steps of one kind reads: whole lines.
+/// The input of the tool for steps of one kind, in whole lines.
 fn input(steps: &[Step]) -> impl Iterator<Item = String> {
     let tables = steps.chunk_by(|a, b| a.table() == b.table());
     tables.flat_map(|steps| {
@@ -166,7 +167,7 @@ fn ip_failed(
 }
 
 fn iptables_failed(tools: &Tools, steps: &[Step], output: &Output, outcome: &mut Outcome) {
-    // Each table is one transaction: those ahead of the line that failed are done.
+    // Each table is one transaction: the tables before the failed line are committed.
     let failed = failed_line(&output.stderr).unwrap_or(0);
     let input: String = input(steps).collect();
     let ahead = input.lines().take(failed.saturating_sub(1));
@@ -186,7 +187,7 @@ fn iptables_failed(tools: &Tools, steps: &[Step], output: &Output, outcome: &mut
     ));
 }
 
-/// The number behind "line" in the words of either backend: `line 5 failed`, `Error occurred at line: 5`.
+/// The line number in the error message of either backend: `line 5 failed`, `Error occurred at line: 5`.
 fn failed_line(stderr: &str) -> Option<usize> {
     let mut words = stderr
         .split(|c: char| !c.is_ascii_alphanumeric())
@@ -231,7 +232,7 @@ pub fn restore_lines(step: &Step) -> String {
     out
 }
 
-/// What to do about the commonest of the tools' complaints.
+/// What to do about the most frequent errors of the tools.
 fn advice(words: &str) -> &'static str {
     if words.contains("File exists") {
         " (an entry that is not mh-hook's stands in its place: see ip rule and ip route show table all, and delete it)"

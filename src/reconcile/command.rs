@@ -1,4 +1,4 @@
-//! A change as the command that a person would type, to be shown and pasted.
+//! A change as the command that a person would type, to be shown or pasted.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use crate::model::netfilter::{Rule, Table};
 use crate::model::route::{Route, RouteRule};
 use crate::reconcile::diff::Change;
 
-/// A command line for a shell, spelled out where it is shown.
+/// A command line for a shell. `Display` writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command<'a> {
     /// `ip route`
@@ -19,15 +19,15 @@ pub enum Command<'a> {
     SrcValidMark(Change, &'a IfName),
     /// `iptables`
     Iptables {
-        /// Its name, where both backends are in use.
+        /// `iptables`, or the name of the backend that is not in use.
         name: &'static str,
         /// Its table.
         table: Table,
-        /// What it does.
+        /// The option: `-A`, `-D`, …
         flag: &'static str,
         /// To which chain.
         chain: &'a str,
-        /// At which place in it.
+        /// The number in the chain, for `-I`.
         number: Option<usize>,
         /// With which rule.
         spec: Option<&'a Rule>,
@@ -53,7 +53,7 @@ impl<'a> Command<'a> {
         }
     }
 
-    /// The same with this name for iptables.
+    /// The same command, by this name of iptables.
     pub fn by(mut self, iptables: &'static str) -> Self {
         if let Self::Iptables { name, .. } = &mut self {
             *name = iptables;
@@ -90,7 +90,7 @@ impl fmt::Display for Command<'_> {
     }
 }
 
-/// What the parameter is set to.
+/// The value of the parameter after the change.
 pub fn value(change: Change) -> &'static str {
     match change {
         Change::Add | Change::Replace => "1",
@@ -98,7 +98,7 @@ pub fn value(change: Change) -> &'static str {
     }
 }
 
-/// A word as a shell takes it literally.
+/// A word, quoted so that a shell takes it literally.
 fn quote(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=+@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {

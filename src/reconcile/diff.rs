@@ -8,19 +8,19 @@ use crate::model::route::{Route, RouteRule};
 use crate::model::state::State;
 use crate::reconcile::command::Command;
 
-/// Which way a step changes the kernel.
+/// Whether a step adds or removes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// A new entry.
+    /// Adds an entry.
     Add,
-    /// In the place of one of ours that has the same key.
+    /// Adds an entry in place of one of ours with the same key.
     Replace,
-    /// An entry that goes.
+    /// Removes an entry.
     Delete,
 }
 
 impl Change {
-    /// The word for it in `ip`.
+    /// The verb of `ip`.
     pub fn verb(self) -> &'static str {
         match self {
             Self::Add => "add",
@@ -39,18 +39,18 @@ pub enum Step {
     RouteRule(Change, RouteRule),
     /// An interface's `src_valid_mark`: 1, or 0 again.
     SrcValidMark(Change, IfName),
-    /// A chain of an uplink's own, as a whole: its order matters.
+    /// An uplink's own chain, with all rules, since their order matters.
     Chain {
         /// The table.
         table: Table,
         /// The chain.
         chain: String,
-        /// The rules that stand, if the chain does.
+        /// The installed rules. None if the chain is not installed.
         before: Option<Rules>,
-        /// The rules that should stand, if the chain should.
+        /// The desired rules. None if the chain is not desired.
         after: Option<Rules>,
     },
-    /// An entry of ours in a chain that is not: table, chain, rule.
+    /// A rule of ours in a chain that is not ours: table, chain, rule.
     Entry(Change, Table, String, Rule),
 }
 
@@ -63,8 +63,7 @@ impl Step {
         }
     }
 
-    /// The commands that do this by hand, to be pasted into a shell, each with which way it goes; those
-    /// that delete stand first.
+    /// The commands of this step, to be pasted into a shell. Those that delete come first.
     pub fn commands(&self) -> Vec<(Change, Command<'_>)> {
         match self {
             Self::Chain { .. } => self.by_edits(self.edits()),
@@ -81,8 +80,7 @@ impl Step {
         }
     }
 
-    /// What it changes, entry by entry, each as the command that does that. A chain that is written
-    /// anew changes only where it differs.
+    /// The entries that this step changes, each as a command. Of a chain that is written anew, only the rules that differ.
     pub fn changes(&self) -> Vec<(Change, Command<'_>)> {
         let Self::Chain { before, after, .. } = self else {
             return self.commands();
@@ -105,9 +103,8 @@ impl Step {
         edits.into_iter().map(command).collect()
     }
 
-    /// What makes an uplink's chain as it should be; nothing for another step. Few changes are made one
-    /// by one, so that the rules that stay keep their counters; many by writing the chain anew, since
-    /// the tools look for each rule to delete among all.
+    /// The edits of an uplink's chain; empty for other steps. A few rules are edited one by one, so that unchanged rules
+    /// keep their counters. For more, the chain is written anew: to delete a rule the tools search the whole chain.
     pub fn edits(&self) -> Vec<Edit<'_>> {
         let Self::Chain { before, after, .. } = self else {
             return Vec::new();
@@ -134,28 +131,28 @@ impl Step {
     }
 }
 
-/// A chain's rules; none where there is no such chain.
+/// A chain's rules. Empty if there is no such chain.
 fn rules(chain: &Option<Rules>) -> &[Rule] {
     chain.as_ref().map_or(&[], |rules| rules.as_slice())
 }
 
-/// How many rules of a chain are changed one by one.
+/// How many rules of a chain are edited one by one, at most.
 const MAX_EDITS: usize = 32;
 
-/// One change of a chain.
+/// One edit of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Edit<'a> {
-    /// The chain comes.
+    /// Creates the chain.
     New,
-    /// All its rules go.
+    /// Deletes all rules.
     Flush,
-    /// The first rule of this text goes.
+    /// Deletes the first rule with this text.
     Delete(&'a Rule),
-    /// A rule comes, and has this number then, from 1.
+    /// Inserts a rule, which has this number afterwards, from 1.
     Insert(usize, &'a Rule),
-    /// A rule comes behind all others.
+    /// Appends a rule.
     Append(&'a Rule),
-    /// The chain goes.
+    /// Deletes the chain.
     Remove,
 }
 
@@ -180,14 +177,14 @@ impl<'a> Edit<'a> {
     }
 }
 
-/// What makes one chain of the other, rule by rule; none where what stays is not in the right order, or
-/// where a comment of somebody's has several lines: iptables-restore takes each for a rule.
+/// The edits that make `before` into `after`. None if the unchanged rules are not in the desired order, or if a rule to be
+/// deleted has a comment of several lines: iptables-restore takes each line for a rule.
 fn amend<'a>(before: &'a [Rule], after: &'a [Rule]) -> Option<Vec<Edit<'a>>> {
     let (gone, _) = differ(before, after);
     if gone.iter().any(|spec| spec.0.contains('\n')) {
         return None;
     }
-    // iptables deletes the first of equal rules.
+    // Of equal rules, iptables deletes the first.
     let mut count: BTreeMap<&Rule, usize> = BTreeMap::new();
     gone.iter()
         .for_each(|spec| *count.entry(*spec).or_default() += 1);
@@ -211,8 +208,8 @@ fn amend<'a>(before: &'a [Rule], after: &'a [Rule]) -> Option<Vec<Edit<'a>>> {
     kept.next().is_none().then_some(edits)
 }
 
-/// How an entry comes into a chain of others, or goes. In the filter table it comes ahead of all that
-/// is there, since a rule that accepts is of no use behind one that drops.
+/// The option of iptables that adds or deletes a rule in a chain that is not ours. In the filter table a rule is inserted at
+/// the head: after a rule that drops, one that accepts has no effect.
 pub fn entry_flag(change: Change, table: Table) -> &'static str {
     match (change, table) {
         (Change::Delete, _) => "-D",
@@ -221,11 +218,11 @@ pub fn entry_flag(change: Change, table: Table) -> &'static str {
     }
 }
 
-/// The steps that make `installed` into `desired`, in an order in which no packet goes astray:
-/// on the way up routing is in place before connections are marked and redirected; on the way down
-/// marking ends first, and a table loses its rules before its routes.
+/// The steps that make `installed` into `desired`, in an order that misroutes no packet. When entries are added, routing is
+/// complete before connections are marked and redirected. When they are removed, marking ends first, and the ip rules that
+/// use a table are deleted before the routes in the table.
 pub fn diff(installed: &State, desired: &State) -> Vec<Step> {
-    // All fields are named, so that whoever adds one is asked here for its steps.
+    // All fields are named: when one is added, the compiler asks for its steps here.
     let State {
         routes,
         rules,
@@ -239,7 +236,7 @@ pub fn diff(installed: &State, desired: &State) -> Vec<Step> {
         let mut keys = routes.iter().map(|route| route.key());
         keys.any(|key| key == route.key())
     };
-    // The closing route goes in ahead of the others.
+    // The closing route is added before the others.
     for route in new_routes.iter().rev() {
         let change = match has_key_of(&old_routes, route) {
             true => Change::Replace,
@@ -257,7 +254,7 @@ pub fn diff(installed: &State, desired: &State) -> Vec<Step> {
     let removed = old_routes.iter();
     let removed = removed.filter(|route| !has_key_of(&new_routes, route));
     routing.extend(removed.map(|route| Step::Route(Change::Delete, (*route).clone())));
-    // While the uplink's chains are there they tell whose the parameter is: it is set behind them, and put back ahead.
+    // The uplink's chains tell whose the parameter is: set it after they are added, reset it before they are removed.
     let set = desired.src_valid_mark.difference(src_valid_mark);
     let set = set.map(|interface| Step::SrcValidMark(Change::Add, interface.clone()));
     let put_back = src_valid_mark.difference(&desired.src_valid_mark);
@@ -282,8 +279,8 @@ fn netfilter(installed: &State, desired: &State) -> Vec<Step> {
         let mut uplinks: Vec<&UplinkName> = keys.map(|(_, uplink)| uplink).collect();
         uplinks.sort();
         uplinks.dedup();
-        // A chain must exist before an entry jumps to it, and no entry may jump to one that goes. By their
-        // names, an uplink's chain comes ahead of those below it.
+        // A chain must exist before a rule jumps to it, and can be deleted only when no rule jumps to it. Sorted by name, an
+        // uplink's chain comes before its subchains.
         let (mut chains, mut entries, mut gone) = (Vec::new(), Vec::new(), Vec::new());
         for uplink in uplinks {
             let key = (table, uplink.clone());
@@ -315,7 +312,7 @@ fn netfilter(installed: &State, desired: &State) -> Vec<Step> {
     steps
 }
 
-/// What is only in `before`, and what is only in `after`; of doubles, each counts.
+/// The items only in `before`, and those only in `after`. Duplicates count one by one.
 fn differ<'a, T: Ord>(before: &'a [T], after: &'a [T]) -> (Vec<&'a T>, Vec<&'a T>) {
     let mut count: BTreeMap<&T, usize> = BTreeMap::new();
     for item in after {
@@ -329,7 +326,7 @@ fn differ<'a, T: Ord>(before: &'a [T], after: &'a [T]) -> (Vec<&'a T>, Vec<&'a T
         _ => true,
     };
     let extra = before.iter().filter(&mut spend).collect();
-    // What is left to spend is what is missing; doubles at the end, as they would be appended.
+    // Counts that are left over are missing items. Of duplicates the last ones are missing: they would be appended.
     let mut missing: Vec<&T> = after.iter().rev().filter(|item| !spend(item)).collect();
     missing.reverse();
     (extra, missing)

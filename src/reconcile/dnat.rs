@@ -1,7 +1,7 @@
 //! An uplink's forwards as chains of the nat table, and back. Pure.
 //!
-//! A new connection is held against each rule of a chain in turn. Few forwards stand in the uplink's own
-//! chain, as they are written; of many, those that share a hundred ports stand in a chain below it:
+//! A new connection is matched against each rule of a chain in turn. A few forwards are rules of the uplink's own chain, in
+//! the order of the file. Of many, those within the same hundred ports are rules of a subchain:
 //!
 //! ```text
 //! -A mh-isp0 -p tcp -m tcp --dport 20000:20099 -j mh-isp0.tcp20000
@@ -18,21 +18,21 @@ use crate::model::forward::{Forward, PortRange, Protocol};
 use crate::model::names::UplinkName;
 use crate::model::netfilter::{Rule, Rules, UplinkTable};
 
-/// As many rules as this are few.
+/// Up to this many rules, all are in the uplink's own chain.
 const FEW: usize = 100;
 
-/// How many ports share a chain.
+/// How many ports share a subchain.
 const PORTS: u16 = 100;
 
-/// The ports that share a chain: their protocol, and the first.
+/// The ports that share a subchain: their protocol, and the first port.
 type Block = (Protocol, u16);
 
 /// The uplink's own chain and those below it, by their names.
 pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> BTreeMap<String, Rules> {
     let are_few = forwards.iter().map(cases).sum::<usize>() <= FEW;
     let mut lines: Vec<(Option<Block>, Vec<Rule>)> = Vec::new();
-    // Where the rules of a block go; none where they stay behind a rule that may fit their packets, too:
-    // of two that overlap the first has the packet.
+    // The line of each block. None once a rule outside of blocks may match the block's packets, too: the block's later rules
+    // must stay after it, since of two rules that match the first one decides.
     let mut blocks: BTreeMap<Block, Option<usize>> = BTreeMap::new();
     for forward in forwards {
         for (protocol, rule) in rules(forward) {
@@ -106,7 +106,7 @@ pub fn rules(forward: &Forward) -> impl Iterator<Item = (Option<Protocol>, Rule)
     })
 }
 
-/// Each item; where there is none, none once, which stands for all.
+/// Each item; or None once, which stands for all, if there are no items.
 fn each<T>(items: &[T]) -> impl Iterator<Item = Option<&T>> {
     let none = items.is_empty().then_some(None);
     items.iter().map(Some).chain(none)

@@ -1,4 +1,4 @@
-//! pppd's call: arguments and environment to [`Event`]. Nobody else reads the environment.
+//! Parses a call by pppd, arguments and environment, into an [`Event`]. No other file reads the environment.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -11,13 +11,13 @@ use anyhow::{Context, Result};
 use crate::config::Identity;
 use crate::model::names::IfName;
 
-/// Whether a link came or went.
+/// Which of pppd's scripts makes the call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// `ip-pre-up`: the interface has its address, but carries nothing yet; pppd waits for its hooks.
     PreUp,
-    /// By ourselves, a moment after `ip-pre-up`: pppd makes that call each time that a link comes up,
-    /// but leaves out `ip-up` while an earlier one still runs (`ipcp_script_done`, pppd/ipcp.c).
+    /// Our own call, shortly after `ip-pre-up`: pppd runs `ip-pre-up` each time that a link comes up, but does not run
+    /// `ip-up` while an earlier one is still running (`ipcp_script_done`, pppd/ipcp.c).
     Follow,
     /// `ip-up`.
     Up,
@@ -60,17 +60,17 @@ impl Direction {
     }
 }
 
-/// One call by pppd. It asks only for a look at the interface: what the kernel says then counts,
-/// since pppd leaves out calls and makes late ones.
+/// One call by pppd. It only triggers a look at the interface; the kernel's state decides, since pppd omits calls and makes
+/// late ones.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Event {
     /// Which script pppd ran.
     pub direction: Direction,
     /// The interface.
     pub interface: IfName,
-    /// What tells whose link it is.
+    /// By what the call can be matched with an uplink.
     pub identity: Identity,
-    /// The address that pppd gave it: which one to take where it has several.
+    /// The address that pppd gave the interface; it selects one if the interface has several.
     pub local: Option<Ipv4Addr>,
 }
 
@@ -81,8 +81,8 @@ impl Event {
     /// call with less.
     ///
     /// # Errors
-    /// No interface, or one that can't be ours; an address that is none, on the way up. On the way
-    /// down the address plays no part, and must not keep us from cleaning up.
+    /// There is no interface name, or not a valid one; or, when the link comes up, the address is not valid. When the link
+    /// goes down, the address is ignored: it must not prevent the removal.
     pub fn from_pppd(direction: Direction, args: &[OsString]) -> Result<Self> {
         let interface = match args.first().filter(|arg| !arg.is_empty()) {
             Some(arg) => IfName::parse(&arg.to_string_lossy())?,
@@ -123,7 +123,7 @@ impl Event {
 /// pppd's `IFNAME`.
 ///
 /// # Errors
-/// It is missing, or can't be ours.
+/// It is missing, or not a valid name.
 pub fn interface_from_environment() -> Result<IfName> {
     let name =
         variable("IFNAME").context("no interface: give its name, or IFNAME in the environment")?;
@@ -146,7 +146,7 @@ pub fn local_from_environment() -> Result<Option<Ipv4Addr>> {
 /// It is something else.
 pub fn address(text: &OsStr) -> Result<Ipv4Addr> {
     let text = text.to_string_lossy();
-    // A hostile variable can be long: its beginning tells enough.
+    // A hostile variable can be long: show its beginning only.
     let shown: String = text.chars().take(40).collect();
     text.parse()
         .ok()

@@ -42,25 +42,26 @@ use crate::runtime::lock::Lock;
 use crate::runtime::output;
 use crate::runtime::privilege::drop_all_but_needed;
 
-/// How long one call may take: pppd waits for its hooks' end before it runs them again.
+/// How long one call may take. pppd runs its scripts again only after they have ended.
 const LIMIT: Duration = Duration::from_secs(28);
 
-/// How long of that a call waits for the lock.
+/// How much of that time a call may wait for the lock.
 const LOCK_LIMIT: Duration = Duration::from_secs(16);
 
-/// How often a changing kernel is followed before we give up.
+/// How often the plan is made anew, because something has failed or the links have changed, before we give up.
 const ROUNDS: usize = 6;
 
-/// Whether the plan is carried out.
+/// Whether the plan is run or printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// It is.
+    /// Run it.
     Apply,
-    /// It is printed as commands, and nothing changes.
+    /// Print it as commands, and change nothing.
     DryRun,
 }
 
-/// A call that may go on: it has the tools and the lock, and no more privileges than the tools take.
+/// What a call needs before it may read and change the kernel: the tools and the lock. Privileges that the tools do not need
+/// are dropped.
 pub struct Session {
     started: Instant,
     tools: Tools,
@@ -68,7 +69,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Waits for the lock.
+    /// Finds the tools and waits for the lock.
     ///
     /// # Errors
     /// A tool is missing, or others hold the lock for too long.
@@ -88,7 +89,7 @@ impl Session {
     }
 }
 
-/// What a request comes to.
+/// What a request will change, and why.
 #[derive(Debug)]
 pub struct Plan {
     /// The links of the uplinks in question.
@@ -99,14 +100,13 @@ pub struct Plan {
     pub installed: State,
     /// Our desired entries.
     pub desired: State,
-    /// What makes the one of the other.
+    /// The steps from the installed to the desired entries.
     pub steps: Vec<Step>,
     owners: Owners,
 }
 
 impl Plan {
-    /// The plan of a request, without a configuration that of removing. None where there is nothing to do: the call is a
-    /// late one, or says nothing without a configuration.
+    /// Makes the plan of a request. Without a configuration it only removes. None if there is nothing to do.
     ///
     /// # Errors
     /// Those of [`Request::links`].
@@ -139,7 +139,7 @@ impl Plan {
         }))
     }
 
-    /// Whether it makes entries, and does not only remove some.
+    /// Whether any link in question is up, so that entries are made.
     fn makes(&self) -> bool {
         self.links.values().any(Option::is_some)
     }
@@ -157,11 +157,11 @@ impl Plan {
     }
 }
 
-/// Brings the kernel to what the request asks for. Without a configuration, because it does not hold, entries can only
-/// be removed.
+/// Brings the kernel to the state that the request asks for. Without a configuration, because it has errors, entries are only
+/// removed.
 ///
 /// # Errors
-/// The kernel could not be brought there, and why.
+/// The kernel could not be brought to that state.
 pub fn reconcile(
     request: &Request,
     config: Option<&Config>,
@@ -178,7 +178,7 @@ pub fn reconcile(
     let other_backend = OtherBackend::read(tools, config);
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
-    // What was installed before the first change that may leave connections behind.
+    // The installed entries before the first change that can leave stale connections.
     let mut before: Option<State> = None;
     for round in 0..ROUNDS {
         let kernel = Kernel::read(tools, Whose::Ours, Counters::Hidden)
@@ -211,7 +211,7 @@ pub fn reconcile(
         if mode == Mode::DryRun {
             return print(tools, config, &plan, other_backend.as_ref(), request);
         }
-        // The same steps once more would fail once more.
+        // The same steps would fail again.
         if failed.as_ref() == Some(steps) {
             return Err(all(&total.errors, None)).with_context(describe);
         }
@@ -233,7 +233,7 @@ pub fn reconcile(
         }
         if let Some(before) = &before {
             let ended = end_stale(tools, config, links, before, desired);
-            // What has failed once may have been a mishap; nobody would ask again.
+            // Try twice: the next event finds nothing to change, and so will not ask for these connections again.
             let ended = ended.or_else(|error| {
                 debug!("{error:#}; once more");
                 end_stale(tools, config, links, before, desired)
@@ -264,7 +264,7 @@ pub fn reconcile(
 }
 
 /// Whose entries the request is about: those of the uplinks in question, of whoever else had the interface, and of uplinks
-/// that are configured no longer. Orphans of which nothing tells whose they are go with `sync`.
+/// that are no longer configured. Entries of ours whose uplink can't be told are removed by `sync` only.
 fn scope(
     request: &Request,
     config: Option<&Config>,
@@ -274,7 +274,7 @@ fn scope(
     let Some(interface) = request.interface() else {
         return Scope::All;
     };
-    // Without a configuration nothing tells which they are.
+    // Without a configuration it is not known which uplinks these are.
     let unconfigured = owners.unconfigured().filter(|_| config.is_some());
     let names = links.keys().chain(unconfigured).cloned();
     let mut claimants: Claimants = names.map(Claimant::Uplink).collect();
@@ -308,7 +308,7 @@ pub fn not_listed(table: &str) -> (String, String) {
     )
 }
 
-/// Where the links are, and for which addresses entries were made.
+/// The interface and address of each uplink in question.
 fn places(links: &UplinkLinks) -> Vec<(&UplinkName, Option<(&IfName, Ipv4Addr)>)> {
     links
         .iter()
@@ -332,7 +332,7 @@ fn tell_unchanged(desired: &State, steps: &[Step]) {
 
 /// The connections that are tracked.
 fn tracked(tools: &Tools) -> Result<Vec<Flow>> {
-    // The kernel's own count saves a process where there is none (nf_conntrack-sysctl.rst).
+    // With a count of 0 no process is needed (nf_conntrack-sysctl.rst).
     if sysctl::read("net/netfilter/nf_conntrack_count").as_deref() == Some("0") {
         return Ok(Vec::new());
     }
@@ -345,7 +345,7 @@ fn tracked(tools: &Tools) -> Result<Vec<Flow>> {
     Ok(conntrack::parse(&listing))
 }
 
-/// Ends the connections that contradict the change, and says how many.
+/// Ends the connections that contradict the change, and returns how many.
 fn end_stale(
     tools: &Tools,
     config: Option<&Config>,
@@ -371,7 +371,7 @@ fn stale<'a>(
         .unwrap_or_default()
 }
 
-/// Deletes connections, so that their next packets are judged anew.
+/// Deletes connections from conntrack's table, so that their next packets pass the nat table and are marked anew.
 fn end(tools: &Tools, deletions: &[String]) -> Result<()> {
     if deletions.is_empty() {
         return Ok(());

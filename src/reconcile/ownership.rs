@@ -149,7 +149,7 @@ impl Owners {
                 }
             }
         }
-        // An empty chain that only its name tells to be ours is somebody's.
+        // An empty chain is ours only if something else names its uplink: a name alone makes nothing ours.
         candidates.retain(|(_, _, uplink)| {
             self.configured.contains(uplink) || self.named.contains(uplink)
         });
@@ -157,7 +157,7 @@ impl Owners {
             .into_iter()
             .map(|(table, name, uplink)| ((table, name.clone()), uplink))
             .collect();
-        // A jump of our form to a chain that holds something else is somebody's.
+        // A jump of our form to a chain with rules that we do not write is somebody else's.
         let is_foreign = |uplink: &UplinkName| {
             let mut tables = [Table::Mangle, Table::Nat].into_iter();
             tables.any(|table| {
@@ -228,7 +228,7 @@ impl Owners {
 
     /// Whose an entry is.
     pub fn owner(&self, entry: Entry) -> Owner {
-        // All fields are named, so that whoever adds one, or a kind of entry, is asked here whose it is.
+        // All fields are named: when one is added, or a kind of entry, the compiler asks here whose the entry is.
         match entry {
             Entry::Route(route) => {
                 let Route {
@@ -285,7 +285,7 @@ impl Owners {
                 if own != Owner::Foreign || !rule.0.contains(PREFIX) {
                     return own;
                 }
-                // A chain can't go while a rule jumps to it, so whoever jumps to ours goes with it.
+                // A chain can't be deleted while a rule jumps to it, so a rule that jumps to ours is removed with it.
                 let words = rule.words();
                 let mut targets = words
                     .windows(2)

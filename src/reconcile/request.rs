@@ -1,4 +1,4 @@
-//! What is asked, and which links it is about.
+//! What a call asks for, and which links it is about.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -15,7 +15,7 @@ use crate::model::state::State;
 use crate::reconcile::event::{Direction, Event};
 use crate::reconcile::ownership::Owners;
 
-/// What is asked.
+/// What a call asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Request {
     /// By hand: this interface is up.
@@ -24,10 +24,10 @@ pub enum Request {
         interface: IfName,
         /// Whose link it is, where neither the configuration nor the installed entries tell.
         uplink: Option<UplinkName>,
-        /// Its address, where it is not to be asked of the kernel.
+        /// The address to use, instead of asking the kernel for it.
         local: Option<Ipv4Addr>,
     },
-    /// By hand: down means down, whatever the link does.
+    /// By hand: remove the entries, even if the link is up.
     Down {
         /// The interface.
         interface: IfName,
@@ -38,14 +38,14 @@ pub enum Request {
     Sync,
 }
 
-/// What a request says of an uplink and the interface that it names.
+/// What a request tells about one uplink and the interface in the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Binds {
-    /// The interface is this uplink's now.
+    /// The interface belongs to this uplink now.
     ToIt,
-    /// It is another's, or nobody's.
+    /// The interface belongs to another uplink, or to none.
     ToAnother,
-    /// Nothing: the installed entries tell.
+    /// Nothing; the installed entries decide.
     Nothing,
 }
 
@@ -61,7 +61,7 @@ impl fmt::Display for Request {
 }
 
 impl Request {
-    /// The interface in question; none for all.
+    /// The interface in question. None for `sync`, which is about all.
     pub fn interface(&self) -> Option<&IfName> {
         match self {
             Self::Up { interface, .. }
@@ -71,7 +71,7 @@ impl Request {
         }
     }
 
-    /// The address that the caller gives the link.
+    /// The link's address, as the caller gives it.
     pub fn local(&self) -> Option<Ipv4Addr> {
         match self {
             Self::Up { local, .. } | Self::Event(Event { local, .. }) => *local,
@@ -79,7 +79,7 @@ impl Request {
         }
     }
 
-    /// Whether it can be met, by removing, without a configuration.
+    /// Whether it only removes entries, which needs no configuration.
     pub fn removes(&self) -> bool {
         match self {
             Self::Down { .. } => true,
@@ -88,10 +88,10 @@ impl Request {
         }
     }
 
-    /// The uplinks that the configuration, by itself, says this is for.
+    /// The uplinks that the configuration alone matches with the request.
     ///
     /// # Errors
-    /// Two that one call of pppd matches; an uplink given by hand that is not there or is elsewhere.
+    /// One call by pppd matches two uplinks; or an uplink given by hand is not configured, or has another interface.
     pub fn named<'a>(&self, config: &'a Config) -> Result<Vec<&'a UplinkName>> {
         let interface = match self {
             Self::Sync => return Ok(config.uplinks.keys().collect()),
@@ -131,8 +131,8 @@ impl Request {
         Ok(named.map(|(name, _)| name).collect())
     }
 
-    /// How the links of the uplinks in question are now; none where there is nothing to do: without a configuration
-    /// entries can only be removed, and not by a late event of an interface that is up again.
+    /// The present links of the uplinks in question. None if there is nothing to do: without a configuration entries are only
+    /// removed, and not if the interface of a late ip-down is up again.
     ///
     /// # Errors
     /// Those of [`Self::links`].
@@ -157,12 +157,12 @@ impl Request {
         Ok(Some(names.map(|name| (name, None)).collect()))
     }
 
-    /// How the links of the uplinks in question are now. Uplinks whose entries name the interface are
-    /// in question too: it is theirs no longer, or by hand, where pppd does not say whose it is, still.
+    /// The present links of the uplinks in question. Uplinks whose installed entries name the interface are in question, too:
+    /// it may belong to another uplink now; and by hand, when pppd tells no identity, those entries tell the uplink.
     ///
     /// # Errors
-    /// By hand, a link that is not up or has no address, or that may be one of several; any address
-    /// that can't be an uplink's.
+    /// By hand: the link is down, has no address, or may belong to one of several uplinks. Always: an address is not one that
+    /// an uplink can have.
     pub fn links(&self, config: &Config, seen: &Seen) -> Result<UplinkLinks> {
         let mut chosen: BTreeSet<UplinkName> = self.named(config)?.into_iter().cloned().collect();
         let mut names = chosen.clone();
@@ -173,10 +173,10 @@ impl Request {
             names.extend(bound.iter().cloned());
             binds = self.binds(&bound, &chosen, seen.links);
             if let Self::Up { uplink: None, .. } = self {
-                // An uplink by that name alone is sure; else the installed entries tell.
+                // An uplink that is known by the interface alone is certain; otherwise the installed entries decide.
                 let sure =
                     |name: &&UplinkName| config.uplinks[*name].identity.interface_alone().is_some();
-                // The entries of an uplink that is configured at another interface by now do not bind it here.
+                // Not if the uplink is configured for another interface by now.
                 let may_be = |name: &UplinkName| {
                     let own = config.uplinks[name].identity.interface.as_ref();
                     own.is_none_or(|own| own == interface)
@@ -213,7 +213,7 @@ impl Request {
         Ok(links)
     }
 
-    /// What a person who asks by hand may have overlooked.
+    /// A warning for a person who may have overlooked something.
     pub fn doubts(&self, config: &Config, links: &UplinkLinks) -> Option<String> {
         let Self::Up {
             interface, local, ..
@@ -237,9 +237,8 @@ impl Request {
         ))
     }
 
-    /// Whether this tells whose the interface is now. An ip-down tells whose it was, and may be late;
-    /// so may an ip-up behind a slow hook, and then the interface has another address, and has been
-    /// given to another uplink.
+    /// Whether the request tells to which uplink the interface belongs now. An ip-down does not: it may be late. An ip-up may
+    /// be late as well, after a slow hook; then the interface has another address, and may belong to another uplink.
     fn binds(
         &self,
         bound: &BTreeSet<UplinkName>,
@@ -266,7 +265,7 @@ impl Request {
         }
     }
 
-    /// The interface to look at for an uplink in question; none where it has none now.
+    /// The interface of an uplink in question. None if it has none now.
     fn place(
         &self,
         name: &UplinkName,
@@ -277,7 +276,7 @@ impl Request {
         let alone = uplink.identity.interface_alone().cloned();
         match (binds, self.interface()) {
             (Binds::ToIt, Some(interface)) => Some(interface.clone()),
-            // Its entries name the interface of a call that is not for it: it may be at its own.
+            // Its entries name the interface, but the call is for another uplink: look at its configured interface.
             (Binds::ToAnother, Some(interface)) => alone.filter(|own| own != interface),
             (Binds::Nothing, _) | (_, None) => {
                 let own = uplink.identity.interface.as_ref();
@@ -287,7 +286,7 @@ impl Request {
         }
     }
 
-    /// The link, if the uplink should have entries for it.
+    /// The uplink's link at this interface. None if the uplink should have no entries.
     fn uplink_link(
         &self,
         interface: &IfName,
@@ -337,8 +336,8 @@ impl Request {
         }))
     }
 
-    /// The address that entries should be for: where a link has several, the one that the call names, else the one
-    /// that has entries, else the first.
+    /// The address to make entries for. If the link has several: the one in the call, or else one that has entries already,
+    /// or else the first.
     fn address(
         &self,
         link: &Link,
@@ -357,7 +356,7 @@ impl Request {
     }
 }
 
-/// What is seen of the kernel, by which a request finds its links.
+/// What a request needs of the kernel's state to find its links.
 #[derive(Clone, Copy, Debug)]
 pub struct Seen<'a> {
     /// Whose the installed entries are.

@@ -1,6 +1,5 @@
-//! Connections that began too early, or for a former address: those that contradict what stands
-//! now, and no other. NAT is decided by a connection's first packet, and a mark stays with it; so
-//! what began before a change goes on as before it. Pure.
+//! Tracked connections that contradict the desired entries, and no others. NAT is decided by a connection's first packet,
+//! and the connection keeps its mark: one that began before a change goes on as before the change. Pure.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -19,7 +18,7 @@ use crate::reconcile::diff::{Change, Step};
 use crate::reconcile::dnat;
 use crate::reconcile::ownership::sets_mark;
 
-/// Whether these steps can leave connections behind that contradict them.
+/// Whether connections from before these steps can contradict the entries after them.
 pub fn leaves_some(steps: &[Step]) -> bool {
     steps.iter().any(|step| match step {
         Step::Chain { .. } => true,
@@ -28,8 +27,8 @@ pub fn leaves_some(steps: &[Step]) -> bool {
     })
 }
 
-/// The flows that contradict the change from `installed` to `desired`. An uplink whose link is gone
-/// has no say: its connections go on when it comes back with the same address.
+/// The flows that contradict the change from `installed` to `desired`. Those of an uplink whose link is down stay: they
+/// continue when the link comes up again with the same address.
 pub fn stale<'a>(
     config: &Config,
     links: &UplinkLinks,
@@ -50,7 +49,7 @@ pub fn stale<'a>(
             address: Some(link.address),
             addresses: &link.addresses,
             lan: &config.lan.networks,
-            // Without hairpin, what the LAN asks of the address is for the router itself.
+            // Without hairpin, the LAN's packets to the address are for the router itself.
             for_lan: uplink.hairpin,
             old: forwards(name, installed),
             new: forwards(name, desired),
@@ -58,7 +57,7 @@ pub fn stale<'a>(
             mark: mark(name, desired),
         });
     }
-    // An uplink that is configured no longer: nothing of its forwards is left.
+    // An uplink that is no longer configured has no forwards any more.
     for name in before
         .into_iter()
         .filter(|name| !config.uplinks.contains_key(name))
@@ -91,11 +90,11 @@ fn mark(name: &UplinkName, state: &State) -> Option<FwMark> {
     own.rules().find_map(sets_mark)
 }
 
-/// What one uplink makes of a flow.
+/// What decides whether a flow contradicts one uplink's change.
 struct Judge<'a> {
-    /// Its address now; none where it is configured no longer.
+    /// The uplink's address after the change. None if the uplink is no longer configured.
     address: Option<Ipv4Addr>,
-    /// All addresses of its link.
+    /// All addresses of the uplink's link.
     addresses: &'a [Ipv4Addr],
     lan: &'a [Ipv4Network],
     for_lan: bool,
@@ -105,7 +104,7 @@ struct Judge<'a> {
     mark: Option<FwMark>,
 }
 
-/// A host, and the port there.
+/// A host, and the port on that host.
 type Target = (Ipv4Addr, Option<u16>);
 
 impl Judge<'_> {
@@ -120,13 +119,13 @@ impl Judge<'_> {
             original.destination,
             original.ports.map(|(_, destination)| destination),
         );
-        // Asked only where it counts: there may be thousands of forwards, and of flows.
+        // Evaluated only when needed: there may be thousands of forwards, and of flows.
         let was = || target(&self.old, flow);
         let is = || target(&self.new, flow).filter(|_| self.for_lan || !is_lan(original.source));
         let marked = |mark: Option<FwMark>| mark.is_some_and(|mark| mark.matches(flow.mark));
         if self.address != Some(original.destination) {
-            // A former address: its own flows are known by going where our forwards lead, and by
-            // having come by this uplink, or from the LAN. A link's other addresses are not former.
+            // A former address of the uplink, if the flow came by this uplink or from the LAN and goes to the target of
+            // one of our forwards. The link's other present addresses are not former ones.
             let ours = marked(self.mark) || marked(self.old_mark) || is_lan(original.source);
             let forwarded = || was() == Some(actual) || target(&self.new, flow) == Some(actual);
             let is_former = !self.addresses.contains(&original.destination);
@@ -136,15 +135,15 @@ impl Judge<'_> {
             return true;
         }
         match is() {
-            // Begun before its forward existed, or before that led here; what somebody else's DNAT
-            // redirects is somebody else's.
+            // The flow began before its forward existed, or before the forward had this target. Flows that a foreign DNAT
+            // rule redirects stay.
             Some(is) => actual != is && (actual == asked || was() == Some(actual)),
             None => actual != asked && was() == Some(actual),
         }
     }
 }
 
-/// Where the first forward that takes the flow sends it.
+/// The target of the first forward that takes the flow.
 fn target(forwards: &[Forward], flow: &Flow) -> Option<Target> {
     let asked = flow.asked();
     let forward = forwards.iter().find(|forward| forward.takes(asked))?;
