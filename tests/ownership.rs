@@ -443,3 +443,24 @@ fn another_protocol_number_is_somebody_else() {
         Owner::Foreign
     );
 }
+
+#[test]
+fn two_uplinks_that_use_one_interface_in_turn_leave_nothing_behind() {
+    let text = "[lan]\ninterfaces = ['eth1']\nnetworks = ['192.168.0.0/24']\n\
+        [uplink.isp0]\ninterface = 'ppp0'\nipparam = 'isp0'\ntable = 10\n\
+        [uplink.isp1]\ninterface = 'ppp0'\nipparam = 'isp1'\ntable = 11\n";
+    let config = Config::parse(text).expect("a configuration that holds");
+    let uplinks = [Uplink {
+        table: Some(10),
+        switches: [true; 4],
+        forwards: 0,
+        pin: None,
+        is_known_by_ipparam: true,
+        address: [203, 0, 113, 10].into(),
+    }];
+    let mut kernel = kernel(&uplinks, &desired_by(&config, &uplinks, 0));
+    kernel.links.get_mut("ppp0").expect("the link").up = false;
+    let request = requests(0, uplinks[0].address).swap_remove(1);
+    let plan = Plan::new(&request, Some(&config), &kernel).expect("a plan");
+    assert_eq!(plan.expect("something to do").desired, State::default());
+}

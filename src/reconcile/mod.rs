@@ -175,7 +175,7 @@ pub fn reconcile(
     {
         debug!("no uplink names {interface}: only what the kernel's entries tell is looked for");
     }
-    let other_backend = OtherBackend::read(tools, config);
+    let mut other_backend = OtherBackend::read(tools, config);
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
     // The installed entries before the first change that can leave stale connections.
@@ -231,6 +231,7 @@ pub fn reconcile(
             failed = Some(plan.steps);
             continue;
         }
+        failed = None;
         if let Some(before) = &before {
             let ended = end_stale(tools, config, links, before, desired);
             // Try twice: the next event finds nothing to change, and so will not ask for these connections again.
@@ -240,7 +241,8 @@ pub fn reconcile(
             });
             total.removed += ended.with_context(named)?;
         }
-        if let Some(there) = &other_backend {
+        // Once: it is not read again.
+        if let Some(there) = other_backend.take() {
             let outcome = there.remove(request, &plan.scope);
             total.removed += outcome.removed;
             if !outcome.errors.is_empty() {

@@ -89,12 +89,13 @@ impl Owners {
                 claimants.insert(Claimant::Uplink(uplink.clone()));
             }
         }
-        for (mark, claimants) in marks {
-            owners.marks.entry(mark).or_insert(claimants);
+        for (mark, claimants) in &marks {
+            let known = owners.marks.entry(*mark);
+            known.or_insert_with(|| claimants.clone());
         }
         let rules = || kernel.routing.rules.iter().filter(|rule| rule.is_ours());
         owners.read_marked_links(rules());
-        owners.read_tables(rules(), &kernel.routing.routes);
+        owners.read_tables(rules(), &kernel.routing.routes, &marks);
         owners.read_sources(rules(), &kernel.links);
         owners
     }
@@ -186,9 +187,18 @@ impl Owners {
         }
     }
 
-    fn read_tables<'a>(&mut self, rules: impl Iterator<Item = &'a RouteRule>, routes: &[Route]) {
+    /// A table that is not configured is that of the uplink whose chain sets the mark that a rule sends there, whoever has
+    /// the mark in the configuration by now.
+    fn read_tables<'a>(
+        &mut self,
+        rules: impl Iterator<Item = &'a RouteRule>,
+        routes: &[Route],
+        chain_marks: &BTreeMap<FwMark, Claimants>,
+    ) {
         for rule in rules {
-            let claimants = rule.fwmark.and_then(|mark| self.marks.get(&mark));
+            let claimants = rule
+                .fwmark
+                .and_then(|mark| chain_marks.get(&mark).or(self.marks.get(&mark)));
             if let Some(claimant) = claimants.and_then(BTreeSet::first)
                 && let Some(table) = rule.table().filter(|table| !table.is_systems())
             {
@@ -273,11 +283,14 @@ impl Owners {
                 if let Some(claimant) = by_table {
                     return Owner::Ours([claimant.clone()].into());
                 }
-                let names = iif.iter().flat_map(|iif| self.uplinks_at(iif));
+                // A mark is one uplink's; an interface can be that of several, one after the other.
                 let by_mark = fwmark.and_then(|mark| self.marks.get(&mark));
                 let by_source = from.and_then(|from| self.sources.get(&from));
-                let others = by_mark.into_iter().chain(by_source).flatten().cloned();
-                Owner::Ours(names.map(Claimant::Uplink).chain(others).collect())
+                let by_iif = || {
+                    let names = iif.iter().flat_map(|iif| self.uplinks_at(iif));
+                    names.map(Claimant::Uplink).collect()
+                };
+                Owner::Ours(by_mark.or(by_source).cloned().unwrap_or_else(by_iif))
             }
             Entry::Chain(table, chain) => self.of_chain(table, chain),
             Entry::Rule(table, chain, rule) => {
@@ -309,15 +322,13 @@ impl Owners {
 
     /// Only uplinks that mark packets set it; on other links it is somebody else's.
     fn of_parameter(&self, interface: &str) -> Owner {
-        let mut names = self.uplinks_at(interface);
-        let is_configured = |name: &UplinkName| {
-            let names = self.configured_interfaces.get(interface);
-            names.is_some_and(|names| names.contains(name))
-        };
-        names.retain(|name| {
-            let chain = (Table::Mangle, name.chain());
-            self.chains.contains_key(&chain) || is_configured(name)
-        });
+        let marks = |name: &UplinkName| self.chains.contains_key(&(Table::Mangle, name.chain()));
+        let mut names = self.interfaces.get(interface).cloned().unwrap_or_default();
+        names.retain(marks);
+        if names.is_empty() {
+            let configured = self.configured_interfaces.get(interface);
+            names = configured.cloned().unwrap_or_default();
+        }
         if !names.is_empty() {
             return Owner::Ours(names.into_iter().map(Claimant::Uplink).collect());
         }

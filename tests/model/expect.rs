@@ -100,18 +100,18 @@ fn in_question<'a>(world: &World, config: &'a Config, call: &Call) -> Vec<&'a Up
         .collect()
 }
 
-/// The uplinks whose jump or masquerade names the interface.
+/// The uplinks whose entries name the interface as their own: the jumps, masquerade, clamping, and what they accept. Those of
+/// a hairpin name an address and the LAN's interface.
 fn bound(ours: &[String], interface: &str) -> BTreeSet<String> {
     let names = ours.iter().filter_map(|line| {
         let name = owner(line)?;
         let target = value(line, "-j")?;
-        let jump = target == format!("mh-{name}")
-            && value(line, "-d").is_none()
-            && value(line, "-i") == Some(interface);
-        let masquerade = target == "MASQUERADE"
-            && value(line, "--ctorigdst").is_none()
-            && value(line, "-o") == Some(interface);
-        (jump || masquerade).then(|| name.to_owned())
+        let is_hairpin = value(line, "-d").is_some() || value(line, "--ctorigdst").is_some();
+        let is_named = [value(line, "-i"), value(line, "-o")].contains(&Some(interface));
+        let is_own = target == format!("mh-{name}")
+            || ["MASQUERADE", "TCPMSS", "ACCEPT"].contains(&target)
+            || target == "CONNMARK" && line.contains(" ! -i ");
+        (is_own && is_named && !is_hairpin).then(|| name.to_owned())
     });
     names.collect()
 }
