@@ -459,7 +459,9 @@ fn two_uplinks_that_use_one_interface_in_turn_leave_nothing_behind() {
         address: [203, 0, 113, 10].into(),
     }];
     let mut kernel = kernel(&uplinks, &desired_by(&config, &uplinks, 0));
-    kernel.links.get_mut("ppp0").expect("the link").up = false;
+    // As pppd leaves it at ip-down.
+    let link = kernel.links.get_mut("ppp0").expect("the link");
+    (link.up, link.addresses) = (false, Vec::new());
     let request = requests(0, uplinks[0].address).swap_remove(1);
     let plan = Plan::new(&request, Some(&config), &kernel).expect("a plan");
     assert_eq!(plan.expect("something to do").desired, State::default());
