@@ -5,17 +5,16 @@
 //! `ip` have them; `iptables-save`; and `plan`, the commands. The steps, carried out on what is installed, must leave
 //! nothing to do. `PLAN_WRITE=1 cargo test --test plan` writes the plans anew, for `git diff` to show.
 
+mod listing;
+
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
 use mh_hook::config::Config;
 use mh_hook::kernel::iptables_save::Ruleset;
-use mh_hook::kernel::link::{Link, Links};
 use mh_hook::kernel::observe::Kernel;
-use mh_hook::kernel::routing::RoutingDump;
 use mh_hook::model::names::UplinkName;
-use mh_hook::model::route::{FwMark, Route, RouteKind, RouteRule, RuleAction, TableId};
 use mh_hook::model::state::State;
 use mh_hook::reconcile::Plan;
 use mh_hook::reconcile::diff::{Change, Step, diff};
@@ -38,9 +37,9 @@ impl Case {
         Self {
             config: config.map(|text| Config::parse(&text).expect("a configuration")),
             kernel: Kernel {
-                routing: routing(&read("routing")),
+                routing: listing::routing(&read("routing")),
                 ruleset: ruleset.expect("what iptables-save prints"),
-                links: links(&read("links")),
+                links: listing::links(&read("links")),
             },
             request: request(read("request").trim()),
         }
@@ -158,106 +157,6 @@ fn request(line: &str) -> Request {
         }
         _ => panic!("{line}"),
     }
-}
-
-fn links(lines: &str) -> Links {
-    let link = |line: &str| {
-        let words: Vec<&str> = line.split(' ').collect();
-        let link = Link {
-            up: words.contains(&"up"),
-            mtu: Some(1492),
-            addresses: vec![words[1].parse().expect("an address")],
-            src_valid_mark: words.contains(&"src_valid_mark"),
-            ..Link::default()
-        };
-        (words[0].to_owned(), link)
-    };
-    lines.lines().map(link).collect()
-}
-
-/// Routes and rules as their `Display` has them, which is tried thereby.
-fn routing(lines: &str) -> RoutingDump {
-    let mut dump = RoutingDump::default();
-    for line in lines.lines() {
-        let (kind, text) = line.split_once(' ').expect("a kind");
-        match kind {
-            "rule" => {
-                dump.rules.push(rule(text));
-                assert_eq!(
-                    dump.rules.last().map(ToString::to_string).as_deref(),
-                    Some(text)
-                );
-            }
-            "route" => {
-                dump.routes.push(route(text));
-                assert_eq!(
-                    dump.routes.last().map(ToString::to_string).as_deref(),
-                    Some(text)
-                );
-            }
-            _ => panic!("{line}"),
-        }
-    }
-    dump
-}
-
-fn table(name: &str) -> TableId {
-    match name {
-        "main" => TableId::MAIN,
-        "local" => TableId::LOCAL,
-        "default" => TableId(253),
-        number => TableId(number.parse().expect("a table")),
-    }
-}
-
-fn rule(text: &str) -> RouteRule {
-    let mut rule = RouteRule {
-        protocol: 0,
-        ..RouteRule::new(0, TableId(0))
-    };
-    let mut words = text.split(' ');
-    while let Some(word) = words.next() {
-        let mut value = || words.next().expect("a value");
-        match word {
-            "priority" => rule.priority = value().parse().expect("a number"),
-            "from" => rule.from = value().parse().ok(),
-            "to" => rule.to = Some(value().parse().expect("a prefix")),
-            "iif" => rule.iif = Some(value().trim_matches('\'').to_owned()),
-            "fwmark" => rule.fwmark = FwMark::parse(value()),
-            "lookup" => rule.action = RuleAction::Lookup(table(value())),
-            "prohibit" => rule.action = RuleAction::Prohibit,
-            "proto" => rule.protocol = value().parse().expect("a number"),
-            _ => panic!("{text}"),
-        }
-    }
-    rule
-}
-
-fn route(text: &str) -> Route {
-    let mut route = Route {
-        table: TableId::MAIN,
-        metric: 0,
-        kind: RouteKind::UNICAST,
-        destination: "0.0.0.0/0".parse().expect("a prefix"),
-        gateway: None,
-        dev: None,
-        protocol: 0,
-        rest: Vec::new(),
-    };
-    let mut words = text.split(' ');
-    while let Some(word) = words.next() {
-        let mut value = || words.next().expect("a value");
-        match word {
-            "unreachable" => route.kind = RouteKind::UNREACHABLE,
-            "default" => {}
-            "dev" => route.dev = Some(value().trim_matches('\'').to_owned()),
-            "metric" => route.metric = value().parse().expect("a number"),
-            "table" => route.table = table(value()),
-            "proto" => route.protocol = value().parse().expect("a number"),
-            prefix => route.destination = prefix.parse().expect("a prefix"),
-        }
-    }
-    route
 }
 
 /// What the kernel does with a step.
