@@ -1,13 +1,7 @@
-//! Kernel parameters in /proc/sys.
+//! Sets kernel parameters in /proc/sys. `Root::sysctl` reads them.
 
 use std::fs;
 use std::io;
-
-/// The value of the parameter at this path in /proc/sys. None if the kernel has no such parameter.
-pub fn read(path: &str) -> Option<String> {
-    let value = fs::read_to_string(format!("/proc/sys/{path}")).ok()?;
-    Some(value.trim().to_owned())
-}
 
 /// Sets the parameter at this path in /proc/sys.
 ///

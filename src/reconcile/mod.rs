@@ -25,8 +25,8 @@ use crate::kernel::conntrack::{self, Flow};
 use crate::kernel::iptables_save::Ruleset;
 use crate::kernel::link::Link;
 use crate::kernel::observe::Kernel;
+use crate::kernel::root::Root;
 use crate::kernel::routing::Whose;
-use crate::kernel::sysctl;
 use crate::kernel::tools::{Counters, OnError, Tools};
 use crate::model::link::{LinkState, UplinkLink, UplinkLinks};
 use crate::model::names::{IfName, UplinkName};
@@ -335,7 +335,11 @@ fn tell_unchanged(desired: &State, steps: &[Step]) {
 /// The connections that are tracked.
 fn tracked(tools: &Tools) -> Result<Vec<Flow>> {
     // With a count of 0 no process is needed (nf_conntrack-sysctl.rst).
-    if sysctl::read("net/netfilter/nf_conntrack_count").as_deref() == Some("0") {
+    if Root::system()
+        .sysctl("net/netfilter/nf_conntrack_count")
+        .as_deref()
+        == Some("0")
+    {
         return Ok(Vec::new());
     }
     let Some(listing) = tools.conntrack_list()? else {

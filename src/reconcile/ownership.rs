@@ -15,7 +15,7 @@ use crate::kernel::link::Links;
 use crate::kernel::observe::Kernel;
 use crate::model::names::{IfName, PREFIX, UplinkName};
 use crate::model::netfilter::{Rule, Rules, Table, UplinkTable};
-use crate::model::route::{FwMark, PROTOCOL, Route, RouteRule, RuleAction, TableId};
+use crate::model::route::{FwMark, Route, RouteRule, RuleAction, TableId};
 use crate::model::state::{Entry, State};
 use crate::reconcile::forms::{Form, form, has_our_forms};
 
@@ -244,14 +244,14 @@ impl Owners {
                 let Route {
                     table,
                     dev,
-                    protocol,
+                    protocol: _,
                     metric: _,
                     kind: _,
                     destination: _,
                     gateway: _,
                     rest: _,
                 } = route;
-                if *protocol != PROTOCOL {
+                if !route.is_ours() {
                     return Owner::Foreign;
                 }
                 let by_table = self.tables.get(table).map(|claimant| [claimant.clone()]);
@@ -264,13 +264,13 @@ impl Owners {
                     iif,
                     fwmark,
                     action,
-                    protocol,
+                    protocol: _,
                     priority: _,
                     to: _,
                     suppress_prefixlength: _,
                     rest: _,
                 } = rule;
-                if *protocol != PROTOCOL {
+                if !rule.is_ours() {
                     return Owner::Foreign;
                 }
                 let by_table = match action {
