@@ -54,7 +54,7 @@ fn every_fault_is_found_and_status_counts_the_same_entries() {
         }
         let expected = fs::read_to_string(&path).unwrap_or_default();
         if expected != found {
-            let diff = diff(&expected, &found);
+            let diff = listing::differences(&expected, &found);
             let _ = writeln!(failures, "--- {}\n{diff}", case.display());
         }
     }
@@ -233,20 +233,4 @@ fn copy(from: &Path, to: &Path) {
 
 fn set_mode(path: &Path, mode: u32) {
     fs::set_permissions(path, Permissions::from_mode(mode)).expect("set a mode");
-}
-
-/// Line by line; findings are few.
-fn diff(expected: &str, found: &str) -> String {
-    let only = |sign, a: &str, b: &str| -> String {
-        a.lines()
-            .filter(|line| !b.lines().any(|other| other == *line))
-            .map(|line| format!("{sign}{line}\n"))
-            .collect()
-    };
-    let text = only('-', expected, found) + &only('+', found, expected);
-    if text.is_empty() {
-        format!("the order differs; found:\n{found}")
-    } else {
-        text
-    }
 }

@@ -87,7 +87,7 @@ fn check(case: &Path) -> Result<(), String> {
     }
     let expected = fs::read_to_string(case.join("plan")).unwrap_or_default();
     if expected != found {
-        return Err(differences(&expected, &found));
+        return Err(listing::differences(&expected, &found));
     }
     let mut after = plan.installed.clone();
     plan.steps
@@ -230,20 +230,4 @@ fn carry_out(step: Step, state: &mut State) {
         }
     }
     state.tables.retain(|_, own| !own.is_empty());
-}
-
-/// Line by line; plans are short.
-fn differences(expected: &str, found: &str) -> String {
-    let only = |sign, a: &str, b: &str| -> String {
-        a.lines()
-            .filter(|line| !b.lines().any(|other| other == *line))
-            .map(|line| format!("{sign}{line}\n"))
-            .collect()
-    };
-    let text = only('-', expected, found) + &only('+', found, expected);
-    if text.is_empty() {
-        format!("the order differs; found:\n{found}")
-    } else {
-        text
-    }
 }

@@ -1,4 +1,5 @@
-//! What the kernel holds, from text: interfaces, and routes and rules as their `Display` has them.
+//! Listings: what the kernel holds, from text (interfaces, and routes and rules as their `Display` has them), and in what two
+//! of them differ.
 
 use mh_hook::kernel::link::{Link, Links};
 use mh_hook::kernel::routing::RoutingDump;
@@ -107,4 +108,20 @@ fn route(text: &str) -> Route {
         }
     }
     route
+}
+
+/// The lines that only one of the two has; both are short.
+pub fn differences(expected: &str, found: &str) -> String {
+    let only = |sign, a: &str, b: &str| -> String {
+        a.lines()
+            .filter(|line| !b.lines().any(|other| other == *line))
+            .map(|line| format!("{sign}{line}\n"))
+            .collect()
+    };
+    let text = only('-', expected, found) + &only('+', found, expected);
+    if text.is_empty() {
+        format!("the order differs; found:\n{found}")
+    } else {
+        text
+    }
 }
