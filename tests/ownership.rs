@@ -88,6 +88,18 @@ fn uplink() -> impl Strategy<Value = Uplink> {
         )
 }
 
+/// An uplink with a table and every switch on, known by its interface.
+fn plain_uplink() -> Uplink {
+    Uplink {
+        table: Some(10),
+        switches: [true; 4],
+        forwards: 0,
+        pin: None,
+        is_known_by_ipparam: false,
+        address: [203, 0, 113, 10].into(),
+    }
+}
+
 fn name(index: usize) -> UplinkName {
     UplinkName::parse(&format!("isp{index}")).expect("a name")
 }
@@ -344,12 +356,8 @@ fn ours(config: Option<&Config>, save: &str) -> State {
 #[test]
 fn a_name_alone_makes_nothing_ours() {
     let config = config(&[Uplink {
-        table: Some(10),
-        switches: [true; 4],
         forwards: 1,
-        pin: None,
-        is_known_by_ipparam: false,
-        address: [203, 0, 113, 10].into(),
+        ..plain_uplink()
     }]);
     for theirs in [
         // Comments that begin as ours do, or are ours on rules that we do not write.
@@ -411,25 +419,7 @@ fn another_protocol_number_is_somebody_else() {
         ..RouteRule::new(100, mh_hook::model::route::TableId(10))
     };
     assert_eq!(owners.owner(Entry::RouteRule(&rule)), Owner::Foreign);
-    let state = desired_by(
-        &config(&[Uplink {
-            table: Some(10),
-            switches: [true; 4],
-            forwards: 0,
-            pin: None,
-            is_known_by_ipparam: false,
-            address: [203, 0, 113, 10].into(),
-        }]),
-        &[Uplink {
-            table: Some(10),
-            switches: [true; 4],
-            forwards: 0,
-            pin: None,
-            is_known_by_ipparam: false,
-            address: [203, 0, 113, 10].into(),
-        }],
-        0,
-    );
+    let state = desired_by(&config(&[plain_uplink()]), &[plain_uplink()], 0);
     let route = state.routes.first().expect("a route").clone();
     let theirs = Route {
         protocol: 4,
@@ -451,12 +441,8 @@ fn two_uplinks_that_use_one_interface_in_turn_leave_nothing_behind() {
         [uplink.isp1]\ninterface = 'ppp0'\nipparam = 'isp1'\ntable = 11\n";
     let config = Config::parse(text).expect("a configuration that holds");
     let uplinks = [Uplink {
-        table: Some(10),
-        switches: [true; 4],
-        forwards: 0,
-        pin: None,
         is_known_by_ipparam: true,
-        address: [203, 0, 113, 10].into(),
+        ..plain_uplink()
     }];
     let mut kernel = kernel(&uplinks, &desired_by(&config, &uplinks, 0));
     // As pppd leaves it at ip-down.
