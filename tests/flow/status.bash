@@ -230,14 +230,12 @@ test_status_tells_orphans_apart() {
     expect_in_step
     sed -i 's/^\[uplink\.isp0\]/[uplink.other]/; s/^table = 10/table = 11/' "$LAB_CONFIG"
     status 1
-    # The rule that names the interface, which is the new one's now.
-    expect_equal "the new one's extra entries" \
-        "ip rule del priority 98 from all fwmark 0xa/0xff iif ppp0 lookup main proto 109" "$(field "$STATUS.json" uplinks 1 surplus)"
+    expect_equal "the new one's extra entries" "" "$(field "$STATUS.json" uplinks 1 surplus)"
     field "$STATUS.json" orphans >"$LAB_DIR/orphans"
     expect_equal "in the text" "$(cat "$LAB_DIR/orphans")" "$(sed '1,/^# of no/d' "$STATUS" | grep -v '^#')"
     expect_equal "its chains" 2 "$(grep -c ' -X mh-isp0$' "$LAB_DIR/orphans")"
-    # The third is the new one's, too: it names the address and no table of an uplink's.
-    expect_equal "its rules" 2 "$(grep -c '^ip rule del ' "$LAB_DIR/orphans")"
+    # By its mark and its table; the fourth rule, from the address to the LAN, is the new one's, too.
+    expect_equal "its rules" 3 "$(grep -c '^ip rule del ' "$LAB_DIR/orphans")"
     expect_equal "its routes" 2 "$(grep -c '^ip route del ' "$LAB_DIR/orphans")"
     status 0 isp1
     expect_equal "orphans, where one uplink is asked for" null "$(field "$STATUS.json" orphans)"
