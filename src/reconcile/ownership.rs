@@ -81,7 +81,11 @@ impl Owners {
             owners.read_uplink(name, uplink);
         }
         let mut marks: BTreeMap<FwMark, Claimants> = BTreeMap::new();
-        for ((table, chain), uplink) in &owners.chains {
+        let mangle = owners
+            .chains
+            .iter()
+            .filter(|((table, _), _)| *table == Table::Mangle);
+        for ((table, chain), uplink) in mangle {
             let chain = kernel.ruleset.chain(table.name(), chain);
             let rules = chain.into_iter().flat_map(|chain| chain.rules.iter());
             for mark in rules.filter_map(sets_mark) {
