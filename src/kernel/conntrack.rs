@@ -1,18 +1,64 @@
-//! Text of conntrack(8): parses its listing, and writes the arguments that delete connections.
+//! Tracked connections, by ctnetlink (linux/netfilter/nfnetlink_conntrack.h): finds them, and ends them one by one. Spawns
+//! no process, and holds no more of them than it is asked for.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::Ipv4Addr;
 
-use crate::model::forward::Asked;
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockProtocol};
+
+use crate::kernel::netlink::{
+    Socket, attribute, attributes, ipv4, nest, nested, u16_be_at, u32_be_at,
+};
+use crate::kernel::root::Root;
+use crate::model::forward::{Asked, Protocol};
+use crate::model::route::FwMark;
+
+// linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h: the upper byte is the subsystem.
+const CT_NEW: u16 = 1 << 8;
+const CT_GET: u16 = 1 << 8 | 1;
+const CT_DELETE: u16 = 1 << 8 | 2;
+/// The bytes of an `nfgenmsg`: family, version, resource.
+const NFGENMSG: usize = 4;
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
+const CTA_MARK: u16 = 8;
+const CTA_COUNTERS_ORIG: u16 = 9;
+const CTA_COUNTERS_REPLY: u16 = 10;
+const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
+const CTA_MARK_MASK: u16 = 21;
+const CTA_FILTER: u16 = 25;
+const CTA_STATUS_MASK: u16 = 26;
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V4_DST: u16 = 2;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
+const CTA_PROTO_DST_PORT: u16 = 3;
+const CTA_PROTO_ICMP_ID: u16 = 4;
+const CTA_PROTO_ICMP_TYPE: u16 = 5;
+const CTA_PROTO_ICMP_CODE: u16 = 6;
+const CTA_COUNTERS_BYTES: u16 = 2;
+const CTA_FILTER_ORIG_FLAGS: u16 = 1;
+const CTA_FILTER_REPLY_FLAGS: u16 = 2;
+// net/netfilter/nf_internals.h
+const CTA_FILTER_F_CTA_IP_SRC: u32 = 1;
+const CTA_FILTER_F_CTA_IP_DST: u32 = 2;
+// linux/netfilter/nf_conntrack_common.h
+const IPS_SEEN_REPLY: u32 = 1 << 1;
+const IPS_SRC_NAT: u32 = 1 << 4;
+const IPS_DST_NAT: u32 = 1 << 5;
 
 /// A tracked connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// The protocol's name, as conntrack prints it.
-    pub protocol: String,
     /// The protocol's number.
-    pub number: u8,
+    pub protocol: u8,
     /// The addresses and ports of the first packet, before NAT.
     pub original: Tuple,
     /// The addresses and ports of the replies that conntrack expects: those after NAT, reversed.
@@ -25,7 +71,9 @@ pub struct Flow {
     /// Documentation/networking/nf_conntrack-sysctl.rst).
     pub bytes: Option<u64>,
     /// `type`, `code` and `id` of ICMP.
-    icmp: Option<[u16; 3]>,
+    icmp: Option<(u8, u8, u16)>,
+    /// The attributes by which the kernel finds it, and only it: tuple, id and zone.
+    key: Vec<u8>,
 }
 
 /// One direction of a connection.
@@ -38,121 +86,223 @@ pub struct Tuple {
     pub ports: Option<(u16, u16)>,
 }
 
-/// Parses the output of `conntrack -L`. Skips a line that is not a flow of IPv4.
-pub fn parse(listing: &str) -> Vec<Flow> {
-    listing.lines().filter_map(flow).collect()
+/// Which connections to look for. The kernel leaves out the others; an older one than Linux 5.8, which filters by address, or
+/// 5.19, by NAT, returns more than these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Filter {
+    /// Those whose first packet was for this address.
+    To(Ipv4Addr),
+    /// Those whose replies come from this address.
+    RepliesFrom(Ipv4Addr),
+    /// Those with this connection mark.
+    Marked(FwMark),
+    /// Those whose destination is translated.
+    DestinationNat,
+    /// Those without translation.
+    NoNat,
 }
 
-/// The lines of conntrack's arguments that delete the stale flows of these and no other ones. For each line, conntrack
-/// dumps the whole table. So one line deletes all flows that differ only by their source, if all of them are stale.
-pub fn deletions(flows: &[Flow], stale: &[&Flow]) -> Vec<String> {
-    let key = |flow: &Flow| {
-        (
-            flow.number,
-            flow.original.destination,
-            ports(flow),
-            flow.reply.source,
-        )
+impl Filter {
+    fn attributes(self) -> Vec<u8> {
+        let number = |kind, value: u32| attribute(kind, &value.to_be_bytes());
+        let status = |value, mask| [number(CTA_STATUS, value), number(CTA_STATUS_MASK, mask)];
+        let address = |[original, reply]: [u32; 2], tuple, kind, address: Ipv4Addr| {
+            let flags = [
+                attribute(CTA_FILTER_ORIG_FLAGS, &original.to_ne_bytes()),
+                attribute(CTA_FILTER_REPLY_FLAGS, &reply.to_ne_bytes()),
+            ];
+            let address = attribute(kind, &address.octets());
+            [
+                nest(CTA_FILTER, &flags.concat()),
+                nest(tuple, &nest(CTA_TUPLE_IP, &address)),
+            ]
+        };
+        let attributes = match self {
+            Self::To(to) => {
+                let flags = [CTA_FILTER_F_CTA_IP_DST, 0];
+                address(flags, CTA_TUPLE_ORIG, CTA_IP_V4_DST, to)
+            }
+            Self::RepliesFrom(from) => {
+                let flags = [0, CTA_FILTER_F_CTA_IP_SRC];
+                address(flags, CTA_TUPLE_REPLY, CTA_IP_V4_SRC, from)
+            }
+            Self::Marked(FwMark { value, mask }) => {
+                [number(CTA_MARK, value), number(CTA_MARK_MASK, mask)]
+            }
+            Self::DestinationNat => status(IPS_DST_NAT, IPS_DST_NAT),
+            Self::NoNat => status(0, IPS_SRC_NAT | IPS_DST_NAT),
+        };
+        attributes.concat()
+    }
+}
+
+/// The connections for which this holds, among those that one of the filters takes; each once.
+///
+/// # Errors
+/// The kernel refuses, or does not answer.
+pub fn find(
+    filters: impl IntoIterator<Item = Filter>,
+    mut is_wanted: impl FnMut(&Flow) -> bool,
+) -> Result<Vec<Flow>> {
+    let mut keys = BTreeSet::new();
+    let mut found = Vec::new();
+    each(filters, |flow| {
+        if is_wanted(&flow) && keys.insert(flow.key.clone()) {
+            found.push(flow);
+        }
+    })?;
+    Ok(found)
+}
+
+/// Visits the connections that one of the filters takes; one that several take, several times.
+///
+/// # Errors
+/// The kernel refuses, or does not answer.
+pub fn each(filters: impl IntoIterator<Item = Filter>, mut visit: impl FnMut(Flow)) -> Result<()> {
+    // With a count of 0 there is nothing to ask (nf_conntrack-sysctl.rst).
+    if Root::system()
+        .sysctl("net/netfilter/nf_conntrack_count")
+        .as_deref()
+        == Some("0")
+    {
+        return Ok(());
+    }
+    let all: BTreeSet<Filter> = filters.into_iter().collect();
+    for filter in all {
+        let mut body = header();
+        body.extend(filter.attributes());
+        let mut socket = Socket::open(SockProtocol::NetlinkNetFilter)?;
+        // The table changes all the time; a connection that comes meanwhile meets the entries of today.
+        socket
+            .dump([CT_GET, CT_NEW], &body, |body| {
+                if let Some(flow) = flow(body) {
+                    visit(flow);
+                }
+            })
+            .context("ask for the tracked connections (ctnetlink)")?;
+    }
+    Ok(())
+}
+
+/// Ends these connections: their next packets pass the nat table and are marked anew. Returns how many there were; one that
+/// has ended meanwhile is not counted.
+///
+/// # Errors
+/// The kernel refuses one of them; the others are ended all the same.
+pub fn end(flows: &[Flow]) -> (usize, Result<()>) {
+    let mut ended = 0;
+    let mut result = Ok(());
+    let mut socket = match Socket::open(SockProtocol::NetlinkNetFilter) {
+        Ok(socket) => socket,
+        Err(error) => return (0, Err(error)),
     };
-    let mut groups = BTreeMap::new();
-    for flow in stale {
-        groups.entry(key(flow)).or_insert_with(Vec::new).push(*flow);
-    }
-    let mut all = BTreeMap::new();
     for flow in flows {
-        *all.entry(key(flow)).or_insert(0) += 1;
+        let body = [header(), flow.key.clone()].concat();
+        match socket.ask([CT_DELETE, CT_NEW], &body, |_| {}) {
+            Ok(()) => ended += 1,
+            Err(error) if error.downcast_ref() == Some(&Errno::ENOENT) => {}
+            Err(error) => result = Err(error.context(format!("conntrack {flow}"))),
+        }
     }
-    let lines = groups.into_iter().flat_map(|(key, group)| {
-        if group.len() == 1 || all.get(&key) != Some(&group.len()) || group[0].icmp.is_some() {
-            return group.iter().map(ToString::to_string).collect();
-        }
-        let Flow {
-            original, reply, ..
-        } = group[0];
-        let mut line = format!(
-            "-D -p {} -d {} -r {}",
-            group[0].name(),
-            original.destination,
-            reply.source
-        );
-        if let Some((requested, replying)) = ports(group[0]) {
-            line += &format!(" --dport {requested} --reply-port-src {replying}");
-        }
-        vec![line]
-    });
-    lines.collect()
+    (ended, result)
 }
 
-/// The port that the first packet was for, and the port that replies come from.
-fn ports(flow: &Flow) -> Option<(u16, u16)> {
-    Some((flow.original.ports?.1, flow.reply.ports?.0))
+/// An `nfgenmsg` for IPv4.
+fn header() -> Vec<u8> {
+    vec![AddressFamily::Inet as u8, 0, 0, 0]
 }
 
 impl Flow {
+    /// The connection of a protocol with these two directions, without mark and unanswered.
+    pub fn new(protocol: u8, original: Tuple, reply: Tuple) -> Self {
+        Self {
+            protocol,
+            original,
+            reply,
+            is_replied: false,
+            mark: 0,
+            bytes: None,
+            icmp: None,
+            key: Vec::new(),
+        }
+    }
+
     /// The first packet, for [`crate::model::forward::Forward::takes`].
     pub fn asked(&self) -> Asked {
         Asked {
             source: Some(self.original.source),
-            protocol: self.number,
+            protocol: self.protocol,
             port: self.original.ports.map(|(_, destination)| destination),
         }
     }
-
-    /// The protocol as an argument of `conntrack -p`.
-    fn name(&self) -> String {
-        match self.protocol.as_str() {
-            "unknown" => self.number.to_string(),
-            name => name.to_owned(),
-        }
-    }
 }
 
-/// `udp 17 29 src=192.0.2.9 dst=203.0.113.10 sport=4000 dport=80 [UNREPLIED] src=192.168.0.2 … mark=10 use=1`
-fn flow(line: &str) -> Option<Flow> {
-    let mut words = line.split_ascii_whitespace();
-    let (protocol, number) = (words.next()?.to_owned(), words.next()?.parse().ok()?);
-    let pairs: Vec<(&str, &str)> = words.filter_map(|word| word.split_once('=')).collect();
-    // The original direction comes first, then the reply direction.
-    let value_of = |key: &str, index: usize| {
-        pairs
-            .iter()
-            .filter(|(name, _)| *name == key)
-            .nth(index)
-            .map(|(_, value)| *value)
-    };
-    let tuple = |index| {
-        let ports = value_of("sport", index).zip(value_of("dport", index));
-        let ports = ports.and_then(|(source, destination)| {
-            Some((source.parse().ok()?, destination.parse().ok()?))
-        });
-        Some(Tuple {
-            source: value_of("src", index)?.parse().ok()?,
-            destination: value_of("dst", index)?.parse().ok()?,
-            ports,
-        })
-    };
-    let icmp_field = |key| value_of(key, 0)?.parse().ok();
-    let bytes = [0, 1].map(|index| value_of("bytes", index)?.parse::<u64>().ok());
-    let icmp = icmp_field("type")
-        .zip(icmp_field("code"))
-        .zip(icmp_field("id"));
+/// Parses the body of a message about a connection. None if it is not one of IPv4.
+fn flow(body: &[u8]) -> Option<Flow> {
+    let (mut original, mut reply, mut icmp, mut status) = (None, None, None, 0);
+    let (mut mark, mut counters, mut key) = (0, [None; 2], Vec::new());
+    for (kind, value) in attributes(body, NFGENMSG) {
+        match kind {
+            CTA_TUPLE_ORIG => {
+                original = tuple(value);
+                icmp = icmp_of(value);
+                key.extend(nest(kind, value));
+            }
+            CTA_TUPLE_REPLY => reply = tuple(value),
+            CTA_ID | CTA_ZONE => key.extend(attribute(kind, value)),
+            CTA_STATUS => status = u32_be_at(value, 0)?,
+            CTA_MARK => mark = u32_be_at(value, 0)?,
+            CTA_COUNTERS_ORIG => counters[0] = bytes(value),
+            CTA_COUNTERS_REPLY => counters[1] = bytes(value),
+            _ => {}
+        }
+    }
+    let ((protocol, original), (_, reply)) = (original?, reply?);
     Some(Flow {
-        original: tuple(0)?,
-        reply: tuple(1)?,
-        mark: value_of("mark", 0)
-            .and_then(|mark| mark.parse().ok())
-            .unwrap_or(0),
-        is_replied: !line.contains("[UNREPLIED]"),
-        bytes: bytes[0]
-            .zip(bytes[1])
-            .map(|(original, reply): (u64, u64)| original.saturating_add(reply)),
-        icmp: icmp.map(|((kind, code), id)| [kind, code, id]),
         protocol,
-        number,
+        original,
+        reply,
+        is_replied: status & IPS_SEEN_REPLY != 0,
+        mark,
+        bytes: counters[0].zip(counters[1]).map(|(one, other)| one + other),
+        icmp,
+        key,
     })
 }
 
-/// The arguments that delete only this flow: `-D -p udp -s … -d … --sport … --dport …`.
+/// The protocol's number, and the addresses and ports of a direction.
+fn tuple(value: &[u8]) -> Option<(u8, Tuple)> {
+    let (ip, proto) = (
+        nested(value, CTA_TUPLE_IP)?,
+        nested(value, CTA_TUPLE_PROTO)?,
+    );
+    let port = |kind| u16_be_at(nested(proto, kind)?, 0);
+    let tuple = Tuple {
+        source: ipv4(nested(ip, CTA_IP_V4_SRC)?)?,
+        destination: ipv4(nested(ip, CTA_IP_V4_DST)?)?,
+        ports: port(CTA_PROTO_SRC_PORT).zip(port(CTA_PROTO_DST_PORT)),
+    };
+    Some((*nested(proto, CTA_PROTO_NUM)?.first()?, tuple))
+}
+
+/// `type`, `code` and `id` of ICMP.
+fn icmp_of(value: &[u8]) -> Option<(u8, u8, u16)> {
+    let proto = nested(value, CTA_TUPLE_PROTO)?;
+    let byte = |kind| nested(proto, kind)?.first().copied();
+    Some((
+        byte(CTA_PROTO_ICMP_TYPE)?,
+        byte(CTA_PROTO_ICMP_CODE)?,
+        u16_be_at(nested(proto, CTA_PROTO_ICMP_ID)?, 0)?,
+    ))
+}
+
+/// The bytes that a direction has had.
+fn bytes(value: &[u8]) -> Option<u64> {
+    let bytes = nested(value, CTA_COUNTERS_BYTES)?;
+    Some(u64::from_be_bytes(bytes.try_into().ok()?))
+}
+
+/// The arguments of conntrack(8) that delete it: `-D -p udp -s … -d … -r … -q … --sport … --dport …`.
 impl fmt::Display for Flow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tuple {
@@ -160,7 +310,10 @@ impl fmt::Display for Flow {
             destination,
             ports,
         } = self.original;
-        write!(f, "-D -p {}", self.name())?;
+        match Protocol::by_number(self.protocol) {
+            Some(protocol) => write!(f, "-D -p {protocol}")?,
+            None => write!(f, "-D -p {}", self.protocol)?,
+        }
         write!(
             f,
             " -s {source} -d {destination} -r {} -q {}",
@@ -169,9 +322,20 @@ impl fmt::Display for Flow {
         if let Some((source, destination)) = ports {
             write!(f, " --sport {source} --dport {destination}")?;
         }
-        if let Some([kind, code, id]) = self.icmp {
+        if let Some((kind, code, id)) = self.icmp {
             write!(f, " --icmp-type {kind} --icmp-code {code} --icmp-id {id}")?;
         }
-        Ok(())
+        match self.zone() {
+            0 => Ok(()),
+            zone => write!(f, " --zone {zone}"),
+        }
+    }
+}
+
+impl Flow {
+    /// The conntrack zone (iptables-extensions(8), CT).
+    fn zone(&self) -> u16 {
+        let zone = nested(&self.key, CTA_ZONE).and_then(|value| u16_be_at(value, 0));
+        zone.unwrap_or_default()
     }
 }

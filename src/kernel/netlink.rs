@@ -27,6 +27,8 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 /// The bytes of a `nlmsghdr`: length, type, flags, sequence number, port.
 const HEADER: usize = 16;
+const NLM_F_ACK: u16 = 4;
+const NLA_F_NESTED: u16 = 0x8000;
 /// The other bits are flags (`NLA_F_NESTED`, `NLA_F_NET_BYTEORDER`).
 const NLA_TYPE_MASK: u16 = 0x3fff;
 
@@ -155,59 +157,101 @@ pub fn dump(
     header: &mut [u8],
 ) -> Result<Vec<Vec<u8>>> {
     header[0] = AddressFamily::Inet as u8;
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
-    let timeout = TimeVal::seconds(TIMEOUT);
-    setsockopt(&socket, sockopt::ReceiveTimeout, &timeout)?;
-    // Linux before 4.20 has no such option, and dumps the entries of all protocols.
-    let _ = setsockopt(&socket, StrictCheck, &true);
-    let mut buffer = vec![0; BUFFER];
+    let mut socket = Socket::open(protocol)?;
     for _ in 0..TRIES {
-        send(
-            socket.as_raw_fd(),
-            &request(request_kind, header),
-            MsgFlags::empty(),
-        )?;
-        if let Some(bodies) = receive(&socket, reply_kind, &mut buffer)? {
+        let mut bodies = Vec::new();
+        let is_whole = socket.dump([request_kind, reply_kind], header, |body| {
+            bodies.push(body.to_vec());
+        })?;
+        if is_whole {
             return Ok(bodies);
         }
     }
     bail!("the entries keep changing")
 }
 
-/// The bodies of a dump. None if the entries changed during the dump, so that some may be missing.
-fn receive(socket: &OwnedFd, reply_kind: u16, buffer: &mut [u8]) -> Result<Option<Vec<Vec<u8>>>> {
-    let mut bodies = Vec::new();
-    let mut is_whole = true;
-    loop {
-        let length = recv(socket.as_raw_fd(), buffer, MsgFlags::empty())?;
-        let mut messages = buffer.get(..length).unwrap_or_default();
-        while let Some(Message { kind, flags, body }) = next_message(&mut messages) {
-            is_whole &= flags & NLM_F_DUMP_INTR == 0;
-            match kind {
-                NLMSG_DONE | NLMSG_ERROR => {
-                    // 0, or a negative errno.
-                    let number = u32_at(body, 0).unwrap_or_default().cast_signed();
-                    ensure!(number >= 0, "{}", Errno::from_raw(-number));
-                    return Ok(Some(bodies).filter(|_| is_whole));
+/// A connection to a part of the kernel.
+pub struct Socket {
+    socket: OwnedFd,
+    buffer: Vec<u8>,
+}
+
+impl Socket {
+    /// Opens one.
+    ///
+    /// # Errors
+    /// The kernel has no such part.
+    pub fn open(protocol: SockProtocol) -> Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+        let timeout = TimeVal::seconds(TIMEOUT);
+        setsockopt(&socket, sockopt::ReceiveTimeout, &timeout)?;
+        // Linux before 4.20 has no such option, and dumps the entries of all protocols.
+        let _ = setsockopt(&socket, StrictCheck, &true);
+        let buffer = vec![0; BUFFER];
+        Ok(Self { socket, buffer })
+    }
+
+    /// Visits the body of each reply of this kind. False if the entries changed during the dump, so that some may be missing.
+    ///
+    /// # Errors
+    /// The kernel does not answer, or refuses.
+    pub fn dump(
+        &mut self,
+        [request_kind, reply_kind]: [u16; 2],
+        body: &[u8],
+        visit: impl FnMut(&[u8]),
+    ) -> Result<bool> {
+        self.send(request_kind, NLM_F_DUMP, body)?;
+        self.receive(reply_kind, visit)
+    }
+
+    /// Sends a request for a change, or for one entry, whose reply of this kind is visited.
+    ///
+    /// # Errors
+    /// The kernel does not answer, or refuses: an [`Errno`].
+    pub fn ask(
+        &mut self,
+        [request_kind, reply_kind]: [u16; 2],
+        body: &[u8],
+        visit: impl FnMut(&[u8]),
+    ) -> Result<()> {
+        self.send(request_kind, NLM_F_ACK, body)?;
+        self.receive(reply_kind, visit).map(drop)
+    }
+
+    /// Sends a request. The sequence number and port may be 0 (netlink(7)).
+    fn send(&self, kind: u16, flags: u16, body: &[u8]) -> Result<()> {
+        let length = u32::try_from(HEADER + body.len()).expect("the request is short");
+        let mut message = length.to_ne_bytes().to_vec();
+        message.extend(kind.to_ne_bytes());
+        message.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+        message.extend([0; 8]);
+        message.extend(body);
+        send(self.socket.as_raw_fd(), &message, MsgFlags::empty())?;
+        Ok(())
+    }
+
+    fn receive(&mut self, reply_kind: u16, mut visit: impl FnMut(&[u8])) -> Result<bool> {
+        let mut is_whole = true;
+        loop {
+            let length = recv(self.socket.as_raw_fd(), &mut self.buffer, MsgFlags::empty())?;
+            let mut messages = self.buffer.get(..length).unwrap_or_default();
+            while let Some(Message { kind, flags, body }) = next_message(&mut messages) {
+                is_whole &= flags & NLM_F_DUMP_INTR == 0;
+                match kind {
+                    NLMSG_DONE | NLMSG_ERROR => {
+                        // 0, or a negative errno.
+                        let number = u32_at(body, 0).unwrap_or_default().cast_signed();
+                        ensure!(number >= 0, Errno::from_raw(-number));
+                        return Ok(is_whole);
+                    }
+                    kind if kind == reply_kind => visit(body),
+                    _ => {}
                 }
-                kind if kind == reply_kind => bodies.push(body.to_vec()),
-                _ => {}
             }
         }
     }
-}
-
-/// The request for a dump. The sequence number and port may be 0 (netlink(7)).
-fn request(kind: u16, header: &[u8]) -> Vec<u8> {
-    let mut message = Vec::new();
-    let length = u32::try_from(HEADER + header.len()).expect("the header is short");
-    message.extend(length.to_ne_bytes());
-    message.extend(kind.to_ne_bytes());
-    message.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-    message.extend([0; 8]);
-    message.extend(header);
-    message
 }
 
 /// The types and values of the attributes after a body's header of this many bytes.
@@ -221,8 +265,22 @@ pub fn attributes(body: &[u8], header: usize) -> impl Iterator<Item = (u16, &[u8
     })
 }
 
+/// An attribute.
+pub fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(4 + value.len()).expect("the value is short");
+    let mut attribute = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+    attribute.extend(value);
+    attribute.resize(attribute.len().next_multiple_of(4), 0);
+    attribute
+}
+
+/// An attribute whose value is attributes.
+pub fn nest(kind: u16, attributes: &[u8]) -> Vec<u8> {
+    attribute(kind | NLA_F_NESTED, attributes)
+}
+
 /// The value of the attribute of this type that is nested in an attribute's value.
-fn nested(value: &[u8], searched: u16) -> Option<&[u8]> {
+pub fn nested(value: &[u8], searched: u16) -> Option<&[u8]> {
     let mut inner = attributes(value, 0);
     inner.find_map(|(kind, value)| (kind == searched).then_some(value))
 }
@@ -315,6 +373,16 @@ pub fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
 pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     let bytes = bytes.get(offset..offset + 4)?;
     bytes.try_into().ok().map(u32::from_ne_bytes)
+}
+
+/// The number in network byte order at this offset.
+pub fn u16_be_at(bytes: &[u8], offset: usize) -> Option<u16> {
+    u16_at(bytes, offset).map(u16::from_be)
+}
+
+/// The number in network byte order at this offset.
+pub fn u32_be_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    u32_at(bytes, offset).map(u32::from_be)
 }
 
 #[cfg(test)]

@@ -1,16 +1,18 @@
 //! The one reader of ip rules and routes, everybody's, by rtnetlink(7). Running `ip` would cost a process, and its output
 //! differs between versions.
 
+use std::net::Ipv4Addr;
+
 use anyhow::{Context, Result};
 use ipnetwork::Ipv4Network;
 use nix::libc::{
-    RTA_DST, RTA_GATEWAY, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTM_GETROUTE, RTM_GETRULE,
-    RTM_NEWROUTE, RTM_NEWRULE,
+    RTA_DST, RTA_GATEWAY, RTA_IIF, RTA_MARK, RTA_OIF, RTA_PREFSRC, RTA_PRIORITY, RTA_SRC,
+    RTA_TABLE, RTM_GETROUTE, RTM_GETRULE, RTM_NEWROUTE, RTM_NEWRULE,
 };
 use nix::net::if_::if_indextoname;
-use nix::sys::socket::SockProtocol;
+use nix::sys::socket::{AddressFamily, SockProtocol};
 
-use crate::kernel::netlink::{attributes, dump, ipv4, text, u16_at, u32_at};
+use crate::kernel::netlink::{Socket, attribute, attributes, dump, ipv4, text, u16_at, u32_at};
 use crate::model::forward::PortRange;
 use crate::model::route::{
     FwMark, NOT, PROTOCOL, Route, RouteKind, RouteRule, RuleAction, TableId,
@@ -74,6 +76,45 @@ impl RoutingDump {
             routes: routes(whose)?,
         })
     }
+}
+
+/// The interface by which a packet leaves that has come in from this source, with this mark. None if the kernel would not
+/// route it, or keep it for itself.
+pub fn leaves_by(source: Ipv4Addr, destination: Ipv4Addr, mark: u32) -> Option<String> {
+    let comes_by = route_to(destination_request(source, &[])).ok().flatten()?;
+    let selectors = [
+        attribute(RTA_SRC, &source.octets()),
+        attribute(RTA_IIF, &comes_by.to_ne_bytes()),
+        attribute(RTA_MARK, &mark.to_ne_bytes()),
+    ];
+    let index = route_to(destination_request(destination, &selectors.concat()));
+    let name = if_indextoname(index.ok().flatten()?).ok()?;
+    Some(text(name.as_bytes()))
+}
+
+/// The body of a question for the route to a destination.
+fn destination_request(destination: Ipv4Addr, selectors: &[u8]) -> Vec<u8> {
+    let mut body = vec![0; ROUTE];
+    body[0] = AddressFamily::Inet as u8;
+    body[1] = 32;
+    if !selectors.is_empty() {
+        body[2] = 32;
+    }
+    body.extend(attribute(RTA_DST, &destination.octets()));
+    body.extend(selectors);
+    body
+}
+
+/// The index of the interface that a route leads to.
+fn route_to(request: Vec<u8>) -> Result<Option<u32>> {
+    let mut index = None;
+    let mut socket = Socket::open(SockProtocol::NetlinkRoute)?;
+    socket.ask([RTM_GETROUTE, RTM_NEWROUTE], &request, |body| {
+        let mut attributes = attributes(body, ROUTE);
+        let oif = attributes.find(|(kind, _)| *kind == RTA_OIF);
+        index = oif.and_then(|(_, value)| u32_at(value, 0));
+    })?;
+    Ok(index)
 }
 
 fn rules() -> Result<Vec<RouteRule>> {

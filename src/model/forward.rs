@@ -1,7 +1,7 @@
 //! Port forwards, and the one question whether a forward takes a packet.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::Ipv4Addr;
 
@@ -40,9 +40,13 @@ impl Protocol {
 
     /// The protocol that a rule of iptables names, or numbers.
     pub fn parse_rule(text: &str) -> Option<Self> {
-        let number = text.parse();
+        Self::parse(text).or_else(|| Self::by_number(text.parse().ok()?))
+    }
+
+    /// The protocol with this number.
+    pub fn by_number(number: u8) -> Option<Self> {
         let mut all = Self::ALL.into_iter();
-        Self::parse(text).or_else(|| all.find(|protocol| number == Ok(protocol.number())))
+        all.find(|protocol| protocol.number() == number)
     }
 
     /// Its name, as /etc/protocols has it.
@@ -195,6 +199,61 @@ impl fmt::Display for Forward {
             Some(ports) => write!(f, "/{ports}"),
             None => Ok(()),
         }
+    }
+}
+
+/// Forwards in their order, to find the first that takes a packet without asking each of thousands.
+#[derive(Debug, Default)]
+pub struct ForwardIndex {
+    forwards: Vec<Forward>,
+    /// The first port of each stretch of ports that the same forwards name, and their places.
+    stretches: BTreeMap<u16, Vec<usize>>,
+    /// The places of those that take all ports.
+    open: Vec<usize>,
+}
+
+impl ForwardIndex {
+    /// Indexes them.
+    pub fn new(forwards: Vec<Forward>) -> Self {
+        let mut index = Self {
+            forwards,
+            ..Self::default()
+        };
+        let mut edges: BTreeMap<u16, [Vec<usize>; 2]> = BTreeMap::new();
+        for (place, forward) in index.forwards.iter().enumerate() {
+            let Some(ports) = forward.ports else {
+                index.open.push(place);
+                continue;
+            };
+            edges.entry(ports.first).or_default()[0].push(place);
+            if let Some(behind) = ports.last.checked_add(1) {
+                edges.entry(behind).or_default()[1].push(place);
+            }
+        }
+        let mut now = BTreeSet::new();
+        for (port, [begin, end]) in edges {
+            end.iter().for_each(|place| _ = now.remove(place));
+            now.extend(begin);
+            index.stretches.insert(port, now.iter().copied().collect());
+        }
+        index
+    }
+
+    /// The first one that takes a packet.
+    pub fn first(&self, asked: Asked) -> Option<&Forward> {
+        self.place(asked).map(|place| &self.forwards[place])
+    }
+
+    /// The place of the first one that takes a packet, from 0.
+    pub fn place(&self, asked: Asked) -> Option<usize> {
+        let stretch = |port| self.stretches.range(..=port).next_back();
+        let named = asked.port.and_then(stretch).map(|(_, places)| places);
+        let first = |places: &[usize]| {
+            let mut places = places.iter().copied();
+            places.find(|place| self.forwards[*place].takes(asked))
+        };
+        let found = [named.and_then(|places| first(places)), first(&self.open)];
+        found.into_iter().flatten().min()
     }
 }
 

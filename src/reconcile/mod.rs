@@ -21,12 +21,11 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use log::{Level, debug, info, log_enabled, warn};
 
 use crate::config::Config;
-use crate::kernel::conntrack::{self, Flow};
+use crate::kernel::conntrack::{self, Flow, Tuple};
 use crate::kernel::iptables_save::Ruleset;
 use crate::kernel::link::Link;
 use crate::kernel::observe::Kernel;
-use crate::kernel::root::Root;
-use crate::kernel::routing::Whose;
+use crate::kernel::routing::{self, Whose};
 use crate::kernel::tools::{Counters, OnError, Tools};
 use crate::model::link::{LinkState, UplinkLink, UplinkLinks};
 use crate::model::names::{IfName, UplinkName};
@@ -38,6 +37,7 @@ use crate::reconcile::diff::{Step, diff};
 use crate::reconcile::other_backend::OtherBackend;
 use crate::reconcile::ownership::{Claimant, Claimants, Owners, Scope};
 use crate::reconcile::request::{Request, Seen};
+use crate::reconcile::stale_flows::Judges;
 use crate::runtime::lock::Lock;
 use crate::runtime::output;
 use crate::runtime::privilege::drop_all_but_needed;
@@ -65,7 +65,7 @@ pub enum Mode {
 pub struct Session {
     started: Instant,
     tools: Tools,
-    _lock: Option<Lock>,
+    lock: Option<Lock>,
 }
 
 impl Session {
@@ -84,7 +84,7 @@ impl Session {
         Ok(Self {
             started,
             tools,
-            _lock: lock,
+            lock,
         })
     }
 }
@@ -166,9 +166,13 @@ pub fn reconcile(
     request: &Request,
     config: Option<&Config>,
     mode: Mode,
-    session: &Session,
+    session: Session,
 ) -> Result<()> {
-    let Session { started, tools, .. } = session;
+    let Session {
+        started,
+        ref tools,
+        lock,
+    } = session;
     let named = || request.to_string();
     if let Some((interface, config)) = request.interface().zip(config)
         && request.named(config)?.is_empty()
@@ -232,15 +236,6 @@ pub fn reconcile(
             continue;
         }
         failed = None;
-        if let Some(before) = &before {
-            let ended = end_stale(tools, config, links, before, desired);
-            // Try twice: the next event finds nothing to change, and so will not ask for these connections again.
-            let ended = ended.or_else(|error| {
-                debug!("{error:#}; once more");
-                end_stale(tools, config, links, before, desired)
-            });
-            total.removed += ended.with_context(named)?;
-        }
         // Once: it is not read again.
         if let Some(there) = other_backend.take() {
             let outcome = there.remove(request, &plan.scope);
@@ -250,10 +245,15 @@ pub fn reconcile(
             }
         }
         if plan.holds(request, config)? {
+            // Others need not wait while connections are ended.
+            drop(lock);
+            if let Some(before) = &before {
+                total.removed += end(&stale(config, links, before, desired));
+            }
             if let Some(error) = unlisted {
                 bail!("{}: {error}", describe());
             }
-            summary(request, links, &total, *started);
+            summary(request, links, &total, started);
             return Ok(());
         }
     }
@@ -332,64 +332,41 @@ fn tell_unchanged(desired: &State, steps: &[Step]) {
     }
 }
 
-/// The connections that are tracked.
-fn tracked(tools: &Tools) -> Result<Vec<Flow>> {
-    // With a count of 0 no process is needed (nf_conntrack-sysctl.rst).
-    if Root::system()
-        .sysctl("net/netfilter/nf_conntrack_count")
-        .as_deref()
-        == Some("0")
-    {
-        return Ok(Vec::new());
-    }
-    let Some(listing) = tools.conntrack_list()? else {
-        info!(
-            "conntrack is not installed: connections from before this change keep their ways (apt-get install conntrack)"
-        );
-        return Ok(Vec::new());
-    };
-    Ok(conntrack::parse(&listing))
-}
-
-/// Ends the connections that contradict the change, and returns how many.
-fn end_stale(
-    tools: &Tools,
+/// The connections that contradict the change from `before` to `desired`. Their end is not needed for the entries to hold, so
+/// what can't be looked at is told, and no failure.
+fn stale(
     config: Option<&Config>,
     links: &UplinkLinks,
     before: &State,
     desired: &State,
-) -> Result<usize> {
-    let flows = tracked(tools)?;
-    let stale = stale(config, links, before, desired, &flows);
-    end(tools, &conntrack::deletions(&flows, &stale))?;
-    Ok(stale.len())
+) -> Vec<Flow> {
+    let Some(config) = config else {
+        return Vec::new();
+    };
+    let judges = Judges::new(config, links, before, desired);
+    let leaves_by = |flow: &Flow| {
+        let Tuple {
+            source,
+            destination,
+            ..
+        } = flow.original;
+        routing::leaves_by(source, destination, flow.mark & config.mask)
+    };
+    let found = conntrack::find(judges.filters(), |flow| judges.is_stale(flow, leaves_by));
+    found.unwrap_or_else(|error| {
+        warn!("connections from before this change keep their ways: {error:#}");
+        Vec::new()
+    })
 }
 
-fn stale<'a>(
-    config: Option<&Config>,
-    links: &UplinkLinks,
-    installed: &State,
-    desired: &State,
-    flows: &'a [Flow],
-) -> Vec<&'a Flow> {
-    config
-        .map(|config| stale_flows::stale(config, links, installed, desired, flows))
-        .unwrap_or_default()
-}
-
-/// Deletes connections from conntrack's table, so that their next packets pass the nat table and are marked anew.
-fn end(tools: &Tools, deletions: &[String]) -> Result<()> {
-    if deletions.is_empty() {
-        return Ok(());
+/// Ends connections, and returns how many.
+fn end(flows: &[Flow]) -> usize {
+    let (ended, result) = conntrack::end(flows);
+    flows.iter().for_each(|flow| info!("conntrack {flow}"));
+    if let Err(error) = result {
+        warn!("a connection from before this change keeps its way: {error:#}");
     }
-    tools.conntrack_delete(
-        &deletions
-            .iter()
-            .map(|line| format!("{line}\n"))
-            .collect::<String>(),
-    )?;
-    deletions.iter().for_each(|line| info!("conntrack {line}"));
-    Ok(())
+    ended
 }
 
 /// Prints the plan as commands.
@@ -400,17 +377,17 @@ fn print(
     other_backend: Option<&OtherBackend>,
     request: &Request,
 ) -> Result<()> {
-    let flows = match stale_flows::leaves_some(&plan.steps) {
-        true => tracked(tools)?,
-        false => Vec::new(),
-    };
     let Plan {
         links,
         installed,
         desired,
+        steps,
         ..
     } = plan;
-    let stale = stale(config, links, installed, desired, &flows);
+    let stale = match stale_flows::leaves_some(steps) {
+        true => stale(config, links, installed, desired),
+        false => Vec::new(),
+    };
     let removal = other_backend.map(|there| (&there.tools, there.removal(request, &plan.scope)));
     let here = plan.steps.iter().map(|step| (tools, step));
     let there = removal.iter();
@@ -420,8 +397,7 @@ fn print(
         let commands = step.commands().into_iter();
         text.extend(commands.map(|(_, command)| format!("{}\n", command.by(tools.iptables))));
     }
-    let deletions = conntrack::deletions(&flows, &stale).into_iter();
-    text.extend(deletions.map(|line| format!("conntrack {line}\n")));
+    text.extend(stale.iter().map(|flow| format!("conntrack {flow}\n")));
     if text.is_empty() {
         text.push_str("# nothing to change\n");
     }

@@ -7,11 +7,11 @@ use std::net::Ipv4Addr;
 use ipnetwork::Ipv4Network;
 
 use crate::config::Config;
-use crate::kernel::conntrack::Flow;
-use crate::model::forward::Forward;
+use crate::kernel::conntrack::{Filter, Flow};
+use crate::model::forward::{Forward, ForwardIndex};
 use crate::model::link::UplinkLinks;
-use crate::model::names::UplinkName;
-use crate::model::netfilter::Table;
+use crate::model::names::{IfName, UplinkName};
+use crate::model::netfilter::{Rule, Table};
 use crate::model::route::FwMark;
 use crate::model::state::State;
 use crate::reconcile::diff::{Change, Step};
@@ -23,60 +23,107 @@ pub fn leaves_some(steps: &[Step]) -> bool {
     steps.iter().any(|step| match step {
         Step::Chain { .. } => true,
         Step::RouteRule(change, rule) => *change == Change::Add && rule.from.is_some(),
-        Step::Route(..) | Step::Entry(..) | Step::SrcValidMark(..) => false,
+        Step::Entry(change, table, chain, rule) => {
+            *change == Change::Add && is_masquerade(*table, chain, rule)
+        }
+        Step::Route(..) | Step::SrcValidMark(..) => false,
     })
 }
 
-/// The flows that contradict the change from `installed` to `desired`. Those of an uplink whose link is down stay: they
-/// continue when the link comes up again with the same address.
-pub fn stale<'a>(
-    config: &Config,
-    links: &UplinkLinks,
-    installed: &State,
-    desired: &State,
-    flows: &'a [Flow],
-) -> Vec<&'a Flow> {
-    if flows.is_empty() {
-        return Vec::new();
+/// A rule that gives the LAN's packets the address of the link that they leave by.
+fn is_masquerade(table: Table, chain: &str, rule: &Rule) -> bool {
+    (table, chain) == (Table::Nat, "POSTROUTING") && rule.0.ends_with("-j MASQUERADE")
+}
+
+/// Judges the connections that were there before the change from `installed` to `desired`. Those of an uplink whose link is
+/// down stay: they continue when the link comes up again with the same address.
+#[derive(Debug, Default)]
+pub struct Judges<'a>(Vec<Judge<'a>>);
+
+impl<'a> Judges<'a> {
+    /// The judges of this change.
+    pub fn new(
+        config: &'a Config,
+        links: &'a UplinkLinks,
+        installed: &State,
+        desired: &State,
+    ) -> Self {
+        let mut judges: Vec<Judge> = Vec::new();
+        for (name, link) in links {
+            let (Some(link), Some(uplink)) = (link, config.uplinks.get(name)) else {
+                continue;
+            };
+            let masquerades = |state| masquerades(name, state);
+            judges.push(Judge {
+                address: Some(link.address),
+                addresses: &link.addresses,
+                lan: &config.lan.networks,
+                // Without hairpin, the LAN's packets to the address are for the router itself.
+                for_lan: uplink.hairpin,
+                old: ForwardIndex::new(forwards(name, installed)),
+                new: ForwardIndex::new(forwards(name, desired)),
+                old_mark: mark(name, installed),
+                mark: mark(name, desired),
+                masqueraded_now: (masquerades(desired) && !masquerades(installed))
+                    .then_some(&link.interface),
+            });
+        }
+        // An uplink that is no longer configured has no forwards any more.
+        let before: BTreeSet<&UplinkName> = installed.tables.keys().map(|(_, name)| name).collect();
+        for name in before
+            .into_iter()
+            .filter(|name| !config.uplinks.contains_key(name))
+        {
+            judges.push(Judge {
+                address: None,
+                addresses: &[],
+                lan: &config.lan.networks,
+                for_lan: true,
+                old: ForwardIndex::new(forwards(name, installed)),
+                new: ForwardIndex::default(),
+                old_mark: mark(name, installed),
+                mark: None,
+                masqueraded_now: None,
+            });
+        }
+        Self(judges)
     }
-    let before: BTreeSet<&UplinkName> = installed.tables.keys().map(|(_, uplink)| uplink).collect();
-    let mut judges: Vec<Judge> = Vec::new();
-    for (name, link) in links {
-        let (Some(link), Some(uplink)) = (link, config.uplinks.get(name)) else {
-            continue;
-        };
-        judges.push(Judge {
-            address: Some(link.address),
-            addresses: &link.addresses,
-            lan: &config.lan.networks,
-            // Without hairpin, the LAN's packets to the address are for the router itself.
-            for_lan: uplink.hairpin,
-            old: forwards(name, installed),
-            new: forwards(name, desired),
-            old_mark: mark(name, installed),
-            mark: mark(name, desired),
-        });
+
+    /// Which connections can be stale at all.
+    pub fn filters(&self) -> BTreeSet<Filter> {
+        let mut filters = BTreeSet::new();
+        for judge in &self.0 {
+            filters.insert(Filter::DestinationNat);
+            let untranslated = match judge.masqueraded_now {
+                Some(_) => Some(Filter::NoNat),
+                None => judge.address.map(Filter::To),
+            };
+            filters.extend(untranslated);
+            let former = judge.old_mark.filter(|mark| Some(*mark) != judge.mark);
+            filters.extend(former.map(Filter::Marked));
+        }
+        filters
     }
-    // An uplink that is no longer configured has no forwards any more.
-    for name in before
-        .into_iter()
-        .filter(|name| !config.uplinks.contains_key(name))
-    {
-        judges.push(Judge {
-            address: None,
-            addresses: &[],
-            lan: &config.lan.networks,
-            for_lan: true,
-            old: forwards(name, installed),
-            new: Vec::new(),
-            old_mark: mark(name, installed),
-            mark: None,
-        });
+
+    /// Whether a connection contradicts the entries after the change. `leaves_by` tells the interface that its packets leave
+    /// by.
+    pub fn is_stale(&self, flow: &Flow, leaves_by: impl Fn(&Flow) -> Option<String>) -> bool {
+        self.0.iter().any(|judge| {
+            judge.is_stale(flow)
+                || judge.masqueraded_now.is_some_and(|interface| {
+                    judge.lacks_masquerade(flow)
+                        && leaves_by(flow).is_some_and(|name| name == interface.as_str())
+                })
+        })
     }
-    flows
-        .iter()
-        .filter(|flow| judges.iter().any(|judge| judge.is_stale(flow)))
-        .collect()
+}
+
+fn masquerades(name: &UplinkName, state: &State) -> bool {
+    let own = state.tables.get(&(Table::Nat, name.clone()));
+    let mut entries = own.into_iter().flat_map(|own| &own.entries);
+    entries.any(|(chain, rule)| {
+        is_masquerade(Table::Nat, chain, rule) && rule.value("--ctorigdst").is_none()
+    })
 }
 
 fn forwards(name: &UplinkName, state: &State) -> Vec<Forward> {
@@ -91,6 +138,7 @@ fn mark(name: &UplinkName, state: &State) -> Option<FwMark> {
 }
 
 /// What decides whether a flow contradicts one uplink's change.
+#[derive(Debug)]
 struct Judge<'a> {
     /// The uplink's address after the change. None if the uplink is no longer configured.
     address: Option<Ipv4Addr>,
@@ -98,10 +146,12 @@ struct Judge<'a> {
     addresses: &'a [Ipv4Addr],
     lan: &'a [Ipv4Network],
     for_lan: bool,
-    old: Vec<Forward>,
-    new: Vec<Forward>,
+    old: ForwardIndex,
+    new: ForwardIndex,
     old_mark: Option<FwMark>,
     mark: Option<FwMark>,
+    /// The link, if the LAN's packets take its address from this change on.
+    masqueraded_now: Option<&'a IfName>,
 }
 
 /// A host, and the port on that host.
@@ -119,7 +169,6 @@ impl Judge<'_> {
             original.destination,
             original.ports.map(|(_, destination)| destination),
         );
-        // Evaluated only when needed: there may be thousands of forwards, and of flows.
         let was = || target(&self.old, flow);
         let is = || target(&self.new, flow).filter(|_| self.for_lan || !is_lan(original.source));
         let marked = |mark: Option<FwMark>| mark.is_some_and(|mark| mark.matches(flow.mark));
@@ -141,11 +190,22 @@ impl Judge<'_> {
             None => actual != asked && was() == Some(actual),
         }
     }
+
+    /// A connection that the LAN began with somebody outside, and that keeps its LAN address.
+    fn lacks_masquerade(&self, flow: &Flow) -> bool {
+        let Flow {
+            original, reply, ..
+        } = flow;
+        let is_lan = |address| self.lan.iter().any(|network| network.contains(address));
+        is_lan(original.source)
+            && !is_lan(original.destination)
+            && reply.destination == original.source
+            && reply.source == original.destination
+    }
 }
 
 /// The target of the first forward that takes the flow.
-fn target(forwards: &[Forward], flow: &Flow) -> Option<Target> {
+fn target(forwards: &ForwardIndex, flow: &Flow) -> Option<Target> {
     let asked = flow.asked();
-    let forward = forwards.iter().find(|forward| forward.takes(asked))?;
-    Some(forward.target(asked.port))
+    Some(forwards.first(asked)?.target(asked.port))
 }
