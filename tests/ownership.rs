@@ -212,12 +212,14 @@ fn all(config: &Config, uplinks: &[Uplink]) -> State {
     all
 }
 
-/// Those of the entries whose place is not among the missing.
+/// Those of the entries whose place is not among the missing. The route by a link stays: nothing else may tell where an
+/// uplink is that is known by its ipparam, and so whose a rule is that names an address of two links.
 fn some(state: &State, missing: &[bool]) -> State {
     let count = std::cell::Cell::new(0);
-    state.filter(|_| {
+    state.filter(|entry| {
         let place = count.replace(count.get() + 1);
-        !missing[place % missing.len()]
+        let tells_the_link = matches!(entry, Entry::Route(route) if route.dev.is_some());
+        tells_the_link || !missing[place % missing.len()]
     })
 }
 

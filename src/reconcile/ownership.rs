@@ -100,7 +100,7 @@ impl Owners {
         let rules = || kernel.routing.rules.iter().filter(|rule| rule.is_ours());
         owners.read_marked_links(rules());
         owners.read_tables(rules(), &kernel.routing.routes, &marks);
-        owners.read_sources(rules(), &kernel.links);
+        owners.read_sources(rules(), &kernel.routing.routes, &kernel.links);
         owners
     }
 
@@ -219,19 +219,38 @@ impl Owners {
         }
     }
 
-    fn read_sources<'a>(&mut self, rules: impl Iterator<Item = &'a RouteRule>, links: &Links) {
-        for rule in rules {
+    fn read_sources<'a>(
+        &mut self,
+        rules: impl Iterator<Item = &'a RouteRule> + Clone,
+        routes: &[Route],
+        links: &Links,
+    ) {
+        for rule in rules.clone() {
             let claimant = rule.table().and_then(|table| self.tables.get(&table));
             if let (Some(from), Some(claimant)) = (rule.from, claimant) {
                 let claimants = self.sources.entry(from).or_default();
                 claimants.insert(claimant.clone());
             }
         }
+        // An uplink that is not known by its interface may be at one by its route, or by the rule that names the link.
+        let by_route = routes.iter().filter(|route| route.is_ours());
+        let by_route = by_route.map(|route| (&route.dev, self.tables.get(&route.table)));
+        let by_rule = rules.map(|rule| {
+            let claimants = rule.fwmark.and_then(|mark| self.marks.get(&mark));
+            (&rule.iif, claimants.and_then(BTreeSet::first))
+        });
+        let mut at: BTreeMap<&str, Claimants> = BTreeMap::new();
+        for (interface, claimant) in by_route.chain(by_rule) {
+            if let (Some(interface), Some(claimant)) = (interface, claimant) {
+                at.entry(interface).or_default().insert(claimant.clone());
+            }
+        }
         // Only an uplink with a table has rules for its address.
         let routed: BTreeSet<&Claimant> = self.tables.values().collect();
         for (interface, link) in links {
             let names = self.uplinks_at(interface).into_iter();
-            let mut claimants: Claimants = names.map(Claimant::Uplink).collect();
+            let mut claimants = at.remove(interface.as_str()).unwrap_or_default();
+            claimants.extend(names.map(Claimant::Uplink));
             claimants.retain(|claimant| routed.contains(claimant));
             for address in link.addresses.iter().filter(|_| !claimants.is_empty()) {
                 let known = self.sources.entry((*address).into()).or_default();

@@ -49,10 +49,18 @@ whole_tables() {
     done
 }
 
+# has_ended PID: what has ended is a zombie until it is waited for, which kill -0 takes for alive.
+has_ended() {
+    local stat
+    ! { read -r stat <"/proc/$1/stat"; } 2>/dev/null || [[ $stat == *') Z '* ]]
+}
+
 # writing PID: once it changes the tables of iptables, or has ended.
 writing() {
     local child comm
-    while child= && { read -r child _ <"/proc/$1/task/$1/children"; kill -0 "$1"; } 2>/dev/null; do
+    until has_ended "$1"; do
+        child=
+        { read -r child _ <"/proc/$1/task/$1/children"; } 2>/dev/null || true
         if { read -r comm <"/proc/$child/comm"; } 2>/dev/null && [[ $comm == iptables-restor* ]]; then break; fi
     done
 }
@@ -65,7 +73,7 @@ strike() {
     case $2 in
         self) kill -9 "$1" ;;
         tool)
-            while [[ ! $children ]] && kill -0 "$1"; do
+            until [[ $children ]] || has_ended "$1"; do
                 { read -r children <"/proc/$1/task/$1/children"; } || true
             done
             kill -9 $children
