@@ -155,7 +155,7 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
     };
     let reconciled = session
         .with_context(|| request.to_string())
-        .and_then(|session| reconcile(&request, config.as_ref(), arguments.mode, &session));
+        .and_then(|session| reconcile(&request, config.as_ref(), arguments.mode, session));
     if let Some(args) = follow_args.filter(|_| is_ours && config.is_some()) {
         start_self(&args).map_err(Failure::Kernel)?;
     }

@@ -7,7 +7,6 @@ use nix::unistd::geteuid;
 
 use crate::config::Config;
 use crate::inspect::packet_trace::TracedRuleset;
-use crate::kernel::conntrack::{self, Flow};
 use crate::kernel::ip::{self, RouteLookup};
 use crate::kernel::iptables_save::Ruleset;
 use crate::kernel::observe::{Kernel, has_tables};
@@ -40,8 +39,6 @@ pub struct Snapshot {
     pub rulesets: Vec<(Backend, TracedRuleset)>,
     /// The tables of nftables that are not iptables' own; none where nft is not installed.
     pub nft_tables: Vec<String>,
-    /// The tracked connections; none where conntrack is not installed.
-    pub flows: Option<Vec<Flow>>,
 }
 
 /// Our entries, installed and desired.
@@ -74,7 +71,7 @@ impl Snapshot {
         Self::new(root, tools, kernel)
     }
 
-    /// Adds what only tools tell: the other backend's tables, the tables of nftables, and the connections.
+    /// Adds what only tools tell: the other backend's tables, and the tables of nftables.
     ///
     /// # Errors
     /// A tool can't be run or fails, or its answer can't be read.
@@ -89,10 +86,8 @@ impl Snapshot {
         if let Some((backend, ruleset)) = &other_ruleset {
             rulesets.push((*backend, TracedRuleset::new(ruleset)));
         }
-        let flows = tools.conntrack_list()?;
         Ok(Self {
             nft_tables: nft_tables(&tools.nft_tables()?.unwrap_or_default()),
-            flows: flows.map(|listing| conntrack::parse(&listing)),
             root,
             tools,
             kernel,

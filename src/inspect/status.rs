@@ -6,15 +6,16 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::Result;
+use log::warn;
 use serde::Serialize;
 
 use crate::config::{Config, Uplink};
 use crate::inspect::drift::Drift;
 use crate::inspect::report::{Report, Style, Tone, align};
 use crate::inspect::snapshot::{Comparison, Snapshot};
-use crate::kernel::conntrack::Flow;
+use crate::kernel::conntrack::{self, Filter};
 use crate::kernel::iptables_save::{Counter, Ruleset};
-use crate::model::forward::Forward;
+use crate::model::forward::{Forward, ForwardIndex};
 use crate::model::link::UplinkLink;
 use crate::model::names::IfName;
 use crate::model::names::UplinkName;
@@ -54,7 +55,7 @@ struct UplinkStatus {
     up_seconds: Option<u64>,
     table: Option<u32>,
     mark: Option<u32>,
-    /// The number of tracked connections with that mark; none without a mark or without conntrack.
+    /// The number of tracked connections with that mark; none without a mark, or where the kernel does not tell.
     marked: Option<usize>,
     /// Whether nothing is missing, and nothing extra.
     in_step: bool,
@@ -99,7 +100,7 @@ struct ForwardStatus {
     connections: Option<u64>,
     /// The bytes of those first packets.
     bytes: Option<u64>,
-    /// Its tracked connections; none without conntrack or without an address.
+    /// Its tracked connections; none without an address, or where the kernel does not tell.
     open: Option<usize>,
     /// The bytes of those in both directions, where the kernel counts them (`nf_conntrack_acct`).
     open_bytes: Option<u64>,
@@ -178,7 +179,6 @@ fn uplink_status(
         (None, _) => LinkState::Unknown,
     };
     let mark = uplink.routing.as_ref().map(|routing| routing.mark);
-    let flows = snapshot.flows.as_deref();
     let address = link.map(|link| link.address);
     let steps = snapshot.steps(&part.installed, &part.desired);
     let Drift { missing, extra } = Drift::commands(&steps);
@@ -190,10 +190,7 @@ fn uplink_status(
         up_seconds: age.map(|age| age.as_secs()),
         table: uplink.routing.as_ref().map(|routing| routing.table.0),
         mark: mark.map(|mark| mark.value),
-        marked: mark.zip(flows).map(|(mark, flows)| {
-            let marked = flows.iter().filter(|flow| mark.matches(flow.mark));
-            marked.count()
-        }),
+        marked: mark.and_then(marked),
         in_step: steps.is_empty(),
         extra,
         missing,
@@ -211,23 +208,14 @@ fn forwards(
     let counters = counters(name, &snapshot.kernel.ruleset);
     let acct = snapshot.root.sysctl("net/netfilter/nf_conntrack_acct");
     let has_bytes = acct.as_deref() == Some("1");
-    let tracked = snapshot.flows.as_deref().zip(address);
-    // As in the chain, the first forward that takes a connection has it.
-    let mut open: BTreeMap<usize, Vec<&Flow>> = BTreeMap::new();
-    for (flow, address) in tracked
-        .iter()
-        .flat_map(|(flows, address)| flows.iter().map(move |flow| (flow, *address)))
-    {
-        let mut forwards = uplink.forwards.iter();
-        if let Some(index) = forwards.position(|forward| made(forward, address, flow)) {
-            open.entry(index).or_default().push(flow);
-        }
-    }
+    let open = address.and_then(|address| open(&uplink.forwards, address));
     let statuses = uplink.forwards.iter().enumerate().map(|(index, forward)| {
         let rules: BTreeSet<Rule> = dnat::rules(forward).map(|(_, rule)| rule).collect();
         let installed = rules.iter().filter_map(|rule| counters.get(rule));
         let counter = installed.copied().reduce(Counter::plus);
-        let open = tracked.map(|_| open.remove(&index).unwrap_or_default());
+        let open = open
+            .as_ref()
+            .map(|open| open.get(&index).copied().unwrap_or_default());
         ForwardStatus {
             service: forward.to_string(),
             from: forward.from.iter().map(ToString::to_string).collect(),
@@ -237,11 +225,8 @@ fn forwards(
             },
             connections: counter.map(|counter| counter.packets),
             bytes: counter.map(|counter| counter.bytes),
-            open_bytes: open
-                .as_ref()
-                .filter(|_| has_bytes)
-                .map(|open| open.iter().filter_map(|flow| flow.bytes).sum()),
-            open: open.map(|open| open.len()),
+            open_bytes: open.filter(|_| has_bytes).map(|open| open.bytes),
+            open: open.map(|open| open.connections),
         }
     });
     statuses.collect()
@@ -259,11 +244,41 @@ fn counters<'a>(name: &UplinkName, ruleset: &'a Ruleset) -> BTreeMap<&'a Rule, C
     counters
 }
 
-/// Whether a connection is one of the forward's, of an uplink with this address.
-fn made(forward: &Forward, address: Ipv4Addr, flow: &Flow) -> bool {
-    flow.original.destination == address
-        && flow.reply.source == forward.to
-        && forward.takes(flow.asked())
+/// The tracked connections of a forward.
+#[derive(Clone, Copy, Debug, Default)]
+struct Open {
+    connections: usize,
+    bytes: u64,
+}
+
+/// The tracked connections of forwards at this address, by the forward's place: as in the chain, the first forward that takes
+/// a connection has it. None if the kernel does not tell.
+fn open(forwards: &[Forward], address: Ipv4Addr) -> Option<BTreeMap<usize, Open>> {
+    let index = ForwardIndex::new(forwards.to_vec());
+    let mut all: BTreeMap<usize, Open> = BTreeMap::new();
+    let read = conntrack::each([Filter::To(address)], |flow| {
+        let place = index.place(flow.asked());
+        let place = place.filter(|_| flow.original.destination == address);
+        if let Some(place) = place.filter(|place| forwards[*place].to == flow.reply.source) {
+            let open = all.entry(place).or_default();
+            open.connections += 1;
+            open.bytes += flow.bytes.unwrap_or_default();
+        }
+    });
+    told(read).map(|()| all)
+}
+
+/// The number of tracked connections with this mark. None if the kernel does not tell.
+fn marked(mark: FwMark) -> Option<usize> {
+    let mut count = 0;
+    let read = conntrack::each([Filter::Marked(mark)], |flow| {
+        count += usize::from(mark.matches(flow.mark));
+    });
+    told(read).map(|()| count)
+}
+
+fn told(read: Result<()>) -> Option<()> {
+    read.inspect_err(|error| warn!("{error:#}")).ok()
 }
 
 impl Report for Status {

@@ -22,7 +22,6 @@ pub struct Tools {
     ip: PathBuf,
     save: PathBuf,
     restore: PathBuf,
-    conntrack: Option<PathBuf>,
     root: Root,
     /// The backend that these iptables-save and iptables-restore use.
     pub backend: Backend,
@@ -115,7 +114,6 @@ impl Tools {
             ip,
             save,
             restore: find("iptables-restore", "iptables")?,
-            conntrack: find("conntrack", "conntrack").ok(),
             root: root.clone(),
             backend: if is_legacy {
                 Backend::Legacy
@@ -212,46 +210,6 @@ impl Tools {
         // One second less than its time limit, so that it gives up by itself and says why.
         let seconds = self.limit().as_secs().saturating_sub(1).max(1).to_string();
         self.start(&self.restore, &["--noflush", "--wait", &seconds])
-    }
-
-    /// The output of `conntrack -L` for IPv4. None if conntrack is not installed.
-    ///
-    /// # Errors
-    /// It can't be run, fails, or its output is cut short.
-    pub fn conntrack_list(&self) -> Result<Option<String>> {
-        let Some(path) = &self.conntrack else {
-            return Ok(None);
-        };
-        let list = self.start(path, &["-L", "-f", "ipv4"])?;
-        let output = list.finish()?.success()?;
-        // `conntrack v1.4.7 (conntrack-tools): 3 flow entries have been shown.`
-        let mut words = output
-            .stderr
-            .split(' ')
-            .skip_while(|word| !word.ends_with(':'));
-        let expected = words.nth(1).and_then(|count| count.parse().ok());
-        let lines = output.stdout.lines().count();
-        ensure!(
-            expected == Some(lines),
-            "{}: printed {lines} connections, but says: {}",
-            output.name,
-            output.stderr.trim()
-        );
-        Ok(Some(output.stdout))
-    }
-
-    /// Deletes connections: each line has conntrack's arguments for one `-D`. A connection that has ended meanwhile is
-    /// no failure.
-    ///
-    /// # Errors
-    /// It can't be run, or fails.
-    pub fn conntrack_delete(&self, lines: &str) -> Result<()> {
-        let Some(path) = &self.conntrack else {
-            return Ok(());
-        };
-        // For `-`, conntrack opens /dev/stdin, which a small system may not have.
-        let delete = self.start(path, &["--load-file", "/proc/self/fd/0"])?;
-        delete.given(lines.to_owned())?.answer().map(drop)
     }
 
     fn limit(&self) -> Duration {

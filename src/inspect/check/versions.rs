@@ -1,4 +1,4 @@
-//! The versions of iproute2 and iptables, and whether conntrack is installed.
+//! The versions of iproute2 and iptables.
 
 use anyhow::Result;
 
@@ -36,10 +36,6 @@ pub fn check(snapshot: &Snapshot) -> Result<Vec<Finding>> {
             "iptables is older than 1.6.2, the first whose iptables-restore has --wait: {iptables}"
         );
         findings.push(Finding::stops("old-iptables", what).fix("apt-get install iptables"));
-    }
-    if snapshot.flows.is_none() {
-        let what = "conntrack is not installed: connections that began before a change keep their former route and target";
-        findings.push(Finding::note("conntrack", what).fix("apt-get install conntrack"));
     }
     Ok(findings)
 }

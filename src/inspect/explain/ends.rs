@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use crate::inspect::explain::Direction;
 use crate::inspect::explain::trace::{Stop, Trace, fail, host};
 use crate::inspect::packet_trace::Connection;
-use crate::kernel::conntrack::Tuple;
+use crate::kernel::conntrack::{self, Filter, Tuple};
 use crate::kernel::ip::RouteLookup;
 use crate::kernel::listeners::{Socket, listening_below};
 use crate::model::forward::Protocol;
@@ -40,16 +40,16 @@ impl Trace<'_> {
     /// Fails if tracked TCP connections to the server wait for a reply, and none has one.
     pub(super) fn unanswered(&mut self, tuple: Tuple) -> Result<(), Stop> {
         let protocol = self.inputs.question.service.protocol;
-        let flows = self.inputs.snapshot.flows.as_ref();
-        let Some(flows) = flows.filter(|_| protocol == Protocol::Tcp) else {
+        if protocol != Protocol::Tcp {
             return Ok(());
-        };
-        let to_server = flows.iter().filter(|flow| {
-            flow.number == protocol.number()
+        }
+        let to_server = conntrack::find([Filter::RepliesFrom(tuple.destination)], |flow| {
+            flow.protocol == protocol.number()
                 && flow.reply.source == tuple.destination
                 && flow.reply.ports.map(|ports| ports.0) == tuple.ports.map(|ports| ports.1)
-        });
-        let (answered, waiting): (Vec<_>, Vec<_>) = to_server.partition(|flow| flow.is_replied);
+        })?;
+        let (answered, waiting): (Vec<_>, Vec<_>) =
+            to_server.iter().partition(|flow| flow.is_replied);
         if waiting.is_empty() || !answered.is_empty() {
             return Ok(());
         }
@@ -71,23 +71,23 @@ impl Trace<'_> {
     }
 
     /// Notes the client's earlier connections, which keep the server that they began with.
-    pub(super) fn earlier_connections(&mut self, asked: Tuple, tuple: Tuple) {
+    pub(super) fn earlier_connections(&mut self, asked: Tuple, tuple: Tuple) -> Result<(), Stop> {
         let port = |ports: Option<(u16, u16)>| ports.map(|ports| ports.1);
         let number = self.inputs.question.service.protocol.number();
-        let flows = self.inputs.snapshot.flows.iter().flatten();
-        let earlier = flows.filter(|flow| {
-            flow.number == number
+        let earlier = conntrack::find([Filter::To(asked.destination)], |flow| {
+            flow.protocol == number
                 && flow.original.source == asked.source
                 && flow.original.destination == asked.destination
                 && port(flow.original.ports) == port(asked.ports)
                 && flow.reply.source != tuple.destination
-        });
-        self.caveats.extend(earlier.map(|flow| {
+        })?;
+        self.caveats.extend(earlier.iter().map(|flow| {
             format!(
                 "an earlier connection still goes to {}, until it ends or: conntrack {flow}",
                 flow.reply.source
             )
         }));
+        Ok(())
     }
 
     /// Whether a program on this router listens there.

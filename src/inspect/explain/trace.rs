@@ -192,7 +192,7 @@ impl<'a> Trace<'a> {
         self.hop("out", format!("by {} to {server}", way.dev), None);
         self.neighbour(&way, tuple.destination)?;
         self.unanswered(tuple)?;
-        self.earlier_connections(connection.original.tuple()?, tuple);
+        self.earlier_connections(connection.original.tuple()?, tuple)?;
 
         let mut reply = self.reply_to(&packet, Some(way.dev.clone()));
         self.hop("in", format!("by {} from {server}", way.dev), None);
