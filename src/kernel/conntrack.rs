@@ -6,12 +6,10 @@ use std::net::Ipv4Addr;
 
 use crate::model::forward::Asked;
 
-/// A tracked connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
     /// The protocol's name, as conntrack prints it.
     pub protocol: String,
-    /// The protocol's number.
     pub number: u8,
     /// The addresses and ports of the first packet, before NAT.
     pub original: Tuple,
@@ -30,7 +28,6 @@ pub struct Flow {
 
 /// One direction of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Tuple {
     pub source: Ipv4Addr,
     pub destination: Ipv4Addr,

@@ -76,15 +76,12 @@ const TIMEOUT: i64 = 5;
 /// How often a dump is tried while the entries change.
 const TRIES: usize = 20;
 
-/// An interface.
 #[derive(Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Interface {
     pub index: u32,
     pub name: String,
     /// `IFF_UP`, linux/if.h.
     pub up: bool,
-    /// In bytes.
     pub mtu: Option<u32>,
     /// The interface's own value, without that of `all` (Documentation/networking/ip-sysctl.rst).
     pub src_valid_mark: bool,
@@ -92,19 +89,15 @@ pub struct Interface {
 
 /// An IPv4 address of an interface.
 #[derive(Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Address {
     /// The interface's index. The address's label, which getifaddrs(3) returns as the interface's name, need not be it.
     pub index: u32,
     pub address: Ipv4Addr,
-    /// How long ago it was added.
     pub age: Duration,
 }
 
 /// All interfaces.
-///
-/// # Errors
-/// The dump fails.
+/// Errors: the dump fails.
 pub fn interfaces() -> Result<Vec<Interface>> {
     let protocol = SockProtocol::NetlinkRoute;
     let interfaces = dump(protocol, [RTM_GETLINK, RTM_NEWLINK], &mut [0; INTERFACE])
@@ -116,9 +109,7 @@ pub fn interfaces() -> Result<Vec<Interface>> {
 }
 
 /// All IPv4 addresses, in the kernel's order.
-///
-/// # Errors
-/// The dump fails.
+/// Errors: the dump fails.
 pub fn addresses() -> Result<Vec<Address>> {
     let protocol = SockProtocol::NetlinkRoute;
     let addresses = dump(protocol, [RTM_GETADDR, RTM_NEWADDR], &mut [0; ADDRESS])
@@ -130,9 +121,7 @@ pub fn addresses() -> Result<Vec<Address>> {
 }
 
 /// Whether nf_tables has a table of the name of one of iptables-nft.
-///
-/// # Errors
-/// The dump fails.
+/// Errors: the dump fails.
 pub fn nft_tables() -> Result<bool> {
     let protocol = SockProtocol::NetlinkNetFilter;
     let tables = dump(protocol, [NFT_GETTABLE, NFT_NEWTABLE], &mut [0; NFGENMSG])
@@ -146,9 +135,7 @@ pub fn nft_tables() -> Result<bool> {
 
 /// Dumps all IPv4 entries of a kind. Returns the body of each reply: a header that depends on the kind, and attributes.
 /// `header` is that header for the request; its first byte is the family, which is set here.
-///
-/// # Errors
-/// The kernel does not answer, refuses, or the entries keep changing during the dump.
+/// Errors: the kernel does not answer, refuses, or the entries keep changing during the dump.
 pub fn dump(
     protocol: SockProtocol,
     [request_kind, reply_kind]: [u16; 2],
