@@ -30,9 +30,7 @@ use crate::cli::{Arguments, Command, Inspect};
 
 /// An error and the exit status that it asks for.
 enum Failure {
-    /// Exit status 1.
     Kernel(Error),
-    /// Exit status 2.
     Usage(Error),
 }
 

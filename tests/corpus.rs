@@ -57,11 +57,6 @@ fn iptables() {
 }
 
 #[test]
-fn conntrack() {
-    replay("conntrack", properties::conntrack);
-}
-
-#[test]
 fn event() {
     // Its variables take a process of their own, below.
     replay("event", |data| properties::event(&Call::parse(data)));

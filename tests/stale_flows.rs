@@ -1,14 +1,15 @@
 //! Which tracked connections contradict a change of the forwards or the address, and no other.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 
 use mh_hook::config::Config;
-use mh_hook::kernel::conntrack;
+use mh_hook::kernel::conntrack::{Flow, Tuple};
 use mh_hook::model::link::{LinkState, UplinkLink, UplinkLinks};
 use mh_hook::model::names::{IfName, UplinkName};
 use mh_hook::model::state::State;
 use mh_hook::reconcile::desired::{Up, desired};
-use mh_hook::reconcile::stale_flows::stale;
+use mh_hook::reconcile::stale_flows::Judges;
 
 const X: &str = "203.0.113.10";
 const FORMER: &str = "203.0.113.99";
@@ -36,19 +37,41 @@ fn state(rest: &str, address: &str) -> (Config, UplinkLinks, State) {
     (config, BTreeMap::from([(name, Some(link))]), state)
 }
 
-/// Whether the flow contradicts the change from the state before to the configuration after.
-fn is_stale(before: &State, after: &str, line: &str) -> bool {
+/// Whether the flow contradicts the change from the state before to the configuration after, where the default route is by
+/// another link.
+fn is_stale(before: &State, after: &str, flow: &Flow) -> bool {
+    is_stale_by(before, after, flow, "ppp1")
+}
+
+/// The same, where the flow's packets leave by this interface.
+fn is_stale_by(before: &State, after: &str, flow: &Flow, interface: &str) -> bool {
     let (config, links, desired) = state(after, X);
-    let flows = conntrack::parse(line);
-    assert_eq!(flows.len(), 1, "{line}");
-    !stale(&config, &links, before, &desired, &flows).is_empty()
+    let judges = Judges::new(&config, &links, before, &desired);
+    judges.is_stale(flow, |_| Some(interface.to_owned()))
+}
+
+fn address(text: &str) -> Ipv4Addr {
+    text.parse().expect("an address")
 }
 
 /// A UDP flow from the Internet: asked for, answered by, and its mark.
-fn udp(asked: &str, port: u16, by: &str, its: u16, mark: u32) -> String {
-    format!(
-        "udp      17 29 src=192.0.2.9 dst={asked} sport=4000 dport={port} src={by} dst=192.0.2.9 sport={its} dport=4000 [ASSURED] mark={mark} use=1"
-    )
+fn udp(asked: &str, port: u16, by: &str, its: u16, mark: u32) -> Flow {
+    udp_of("192.0.2.9", asked, port, by, its, mark)
+}
+
+fn udp_of(source: &str, asked: &str, port: u16, by: &str, its: u16, mark: u32) -> Flow {
+    let tuple = |source, destination, ports| Tuple {
+        source: address(source),
+        destination: address(destination),
+        ports: Some(ports),
+    };
+    let mut flow = Flow::new(
+        17,
+        tuple(source, asked, (4000, port)),
+        tuple(by, source, (its, 4000)),
+    );
+    flow.mark = mark;
+    flow
 }
 
 const ONE: &str = "table = 10\nforward = [{ proto = 'udp', port = 80, to = '192.168.0.2' }]";
@@ -67,11 +90,11 @@ fn a_flow_from_before_its_forward_goes() {
         "the forward is not for this source"
     );
     let esp = "table = 10\nforward = [{ proto = ['gre', 'esp'], to = '192.168.0.2' }]";
-    for name in ["unknown 50", "gre 47"] {
-        let line = format!(
-            "{name} 29 src=192.0.2.9 dst={X} [UNREPLIED] src={X} dst=192.0.2.9 mark=10 use=1"
-        );
-        assert!(is_stale(&nothing, esp, &line), "{name}");
+    for protocol in [50, 47] {
+        let mut flow = udp(X, 80, X, 80, 10);
+        flow.protocol = protocol;
+        (flow.original.ports, flow.reply.ports) = (None, None);
+        assert!(is_stale(&nothing, esp, &flow), "{protocol}");
     }
     let tcp = "table = 10\nforward = [{ port = 80, to = '192.168.0.2' }]";
     assert!(
@@ -159,53 +182,48 @@ fn a_changed_mark_ends_what_bears_the_old() {
 
 #[test]
 fn the_lan_has_a_say_only_with_hairpin() {
-    let line = udp(X, 80, X, 80, 0).replace("192.0.2.9", "192.168.0.7");
-    assert!(is_stale(&State::default(), ONE, &line));
+    let flow = udp_of("192.168.0.7", X, 80, X, 80, 0);
+    assert!(is_stale(&State::default(), ONE, &flow));
     assert!(!is_stale(
         &State::default(),
         &format!("hairpin = false\n{ONE}"),
-        &line
+        &flow
     ));
 }
 
 #[test]
-fn flows_that_differ_by_source_only_go_together_unless_one_is_to_live() {
-    let line = |source: &str| udp(X, 80, X, 80, 0).replace("192.0.2.9", source);
-    let text = ["192.0.2.9", "192.0.2.10", "192.0.2.11"]
-        .map(line)
-        .join("\n");
-    let flows = conntrack::parse(&text);
-    let all: Vec<_> = flows.iter().collect();
-    let together = "-D -p udp -d 203.0.113.10 -r 203.0.113.10 --dport 80 --reply-port-src 80";
-    assert_eq!(conntrack::deletions(&flows, &all), [together]);
-    assert_eq!(conntrack::deletions(&flows, &all[..2]).len(), 2);
-    assert_eq!(conntrack::deletions(&flows, &[]), [""; 0]);
+fn what_the_lan_began_before_its_masquerade_goes() {
+    let nothing = State::default();
+    let (_, _, before) = state(ONE, X);
+    let bare = udp_of("192.168.0.3", "192.0.2.9", 5060, "192.0.2.9", 5060, 0);
+    assert!(is_stale_by(&nothing, ONE, &bare, "ppp0"));
+    assert!(
+        !is_stale_by(&nothing, ONE, &bare, "ppp1"),
+        "by another link"
+    );
+    assert!(
+        !is_stale_by(&before, ONE, &bare, "ppp0"),
+        "masqueraded before"
+    );
+    let without = format!("masquerade = false\n{ONE}");
+    assert!(!is_stale_by(&nothing, &without, &bare, "ppp0"));
+    let mut masqueraded = bare.clone();
+    masqueraded.reply.destination = address(X);
+    assert!(!is_stale_by(&nothing, ONE, &masqueraded, "ppp0"));
+    let inside = udp_of("192.168.0.3", "192.168.0.9", 53, "192.168.0.9", 53, 0);
+    assert!(!is_stale_by(&nothing, ONE, &inside, "ppp0"));
+    let from_outside = udp("192.168.0.3", 53, "192.168.0.3", 53, 0);
+    assert!(!is_stale_by(&nothing, ONE, &from_outside, "ppp0"));
 }
 
 #[test]
 fn what_deletes_a_flow_names_it_whole() {
-    let lines = [
-        (
-            udp(X, 80, "192.168.0.2", 8080, 10),
-            "-D -p udp -s 192.0.2.9 -d 203.0.113.10 -r 192.168.0.2 -q 192.0.2.9 --sport 4000 --dport 80",
-        ),
-        (
-            "icmp     1 29 src=192.0.2.9 dst=203.0.113.10 type=8 code=0 id=7 src=203.0.113.10 dst=192.0.2.9 type=0 code=0 id=7 mark=0 use=1".into(),
-            "-D -p icmp -s 192.0.2.9 -d 203.0.113.10 -r 203.0.113.10 -q 192.0.2.9 --icmp-type 8 --icmp-code 0 --icmp-id 7",
-        ),
-        (
-            "unknown  50 599 src=192.0.2.9 dst=203.0.113.10 [UNREPLIED] src=192.168.0.2 dst=192.0.2.9 mark=10 use=1".into(),
-            "-D -p 50 -s 192.0.2.9 -d 203.0.113.10 -r 192.168.0.2 -q 192.0.2.9",
-        ),
-    ];
-    for (line, arguments) in lines {
-        let flows: Vec<String> = conntrack::parse(&line)
-            .iter()
-            .map(ToString::to_string)
-            .collect();
-        assert_eq!(flows, [arguments]);
-    }
-    assert!(
-        conntrack::parse("conntrack v1.4.7: 3 flow entries\n\nudp 17 29 src=1.2.3.4").is_empty()
-    );
+    let flow = udp(X, 80, "192.168.0.2", 8080, 10);
+    let words = "-D -p udp -s 192.0.2.9 -d 203.0.113.10 -r 192.168.0.2 -q 192.0.2.9 --sport 4000 --dport 80";
+    assert_eq!(flow.to_string(), words);
+    let mut ipip = flow;
+    ipip.protocol = 4;
+    (ipip.original.ports, ipip.reply.ports) = (None, None);
+    let words = "-D -p 4 -s 192.0.2.9 -d 203.0.113.10 -r 192.168.0.2 -q 192.0.2.9";
+    assert_eq!(ipip.to_string(), words);
 }

@@ -24,9 +24,7 @@ pub struct Source {
 
 impl Source {
     /// Reads the file.
-    ///
-    /// # Errors
-    /// It can't be read, or another user than root can have written it.
+    /// Errors: it can't be read, or another user than root can have written it.
     pub fn read(path: &Path) -> Result<Self> {
         let text = read(path).with_context(|| format!("configuration {}", path.display()))?;
         let path = path.to_owned();
@@ -34,9 +32,7 @@ impl Source {
     }
 
     /// Parses the text.
-    ///
-    /// # Errors
-    /// [`Errors`], with all problems.
+    /// Errors: [`Errors`], with all problems.
     pub fn config(self) -> Result<Config> {
         let Self { path, text } = self;
         Config::parse(&text).map_err(|problems| {

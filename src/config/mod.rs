@@ -22,9 +22,7 @@ use crate::model::route::{FwMark, TableId};
 /// The configuration file without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/mh-hook.toml";
 
-/// A valid configuration.
 #[derive(Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the types say it")]
 pub struct Config {
     pub lan: Lan,
     /// The bits of packet and connection marks that are ours.
@@ -58,7 +56,6 @@ pub struct Priority {
 /// One configured uplink.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Uplink {
-    /// How its link is recognized.
     pub identity: Identity,
     /// The routing table and mark. None if the uplink only masquerades.
     pub routing: Option<Routing>,
@@ -78,7 +75,6 @@ pub struct Uplink {
 
 /// What sends the replies of a connection by the uplink that it came in by.
 #[derive(Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the types say it")]
 pub struct Routing {
     pub table: TableId,
     /// The mark of the uplink's connections.
@@ -88,11 +84,8 @@ pub struct Routing {
 /// How an uplink is recognized in pppd's calls: at least one of these is given, and all that are given must match.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
-    /// The interface's name.
     pub interface: Option<IfName>,
-    /// pppd's option `ipparam`.
     pub ipparam: Option<String>,
-    /// pppd's option `linkname`.
     pub linkname: Option<String>,
     /// The name in `pppd call NAME`.
     pub peer: Option<String>,
@@ -126,17 +119,13 @@ impl Identity {
 
 impl Config {
     /// Reads and parses the file.
-    ///
-    /// # Errors
-    /// As [`Source::read`] and [`Source::config`].
+    /// Errors: as [`Source::read`] and [`Source::config`].
     pub fn load(path: &Path) -> Result<Self> {
         Source::read(path)?.config()
     }
 
     /// Parses the text of a configuration.
-    ///
-    /// # Errors
-    /// All problems, in the order of the text.
+    /// Errors: all problems, in the order of the text.
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
         parse::parse(text)
     }

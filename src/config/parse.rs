@@ -22,9 +22,7 @@ const MAX_PROBLEMS: usize = 100;
 const MAX_UPLINKS: usize = 500;
 
 /// Parses the text of a configuration.
-///
-/// # Errors
-/// All problems, in the order of the text.
+/// Errors: all problems, in the order of the text.
 pub fn parse(text: &str) -> Result<Config, Vec<Problem>> {
     let arena = Arena::new();
     let document = parse_recoverable(text, &arena);

@@ -10,9 +10,7 @@ use crate::model::forward::PortRange;
 use crate::model::link::check_local;
 
 /// Parses a prefix. Unlike ipnetwork's parser, it requires the length and refuses host bits.
-///
-/// # Errors
-/// Says what is right.
+/// Errors: says what is right.
 pub fn prefix(text: &str) -> Result<Ipv4Network> {
     let network: Ipv4Network = text
         .parse()
@@ -33,9 +31,7 @@ pub fn prefix(text: &str) -> Result<Ipv4Network> {
 }
 
 /// Parses a port or a range of ports.
-///
-/// # Errors
-/// Says what is right.
+/// Errors: says what is right.
 pub fn port_range(value: &Item) -> Result<PortRange> {
     let what = "port is one port (80) or a range (\"27015-27030\"), from 1 to 65535";
     let port = |text: &str| {
@@ -66,9 +62,7 @@ pub fn port_range(value: &Item) -> Result<PortRange> {
 }
 
 /// Parses a LAN host's address, with a port or without.
-///
-/// # Errors
-/// Says what is right.
+/// Errors: says what is right.
 pub fn target(value: &Item) -> Result<(Ipv4Addr, Option<u16>)> {
     let what = "to is a LAN host's address, or address:port: \"192.168.0.2:22\"";
     let text = value.as_str().context(what)?;
@@ -91,9 +85,7 @@ pub fn target(value: &Item) -> Result<(Ipv4Addr, Option<u16>)> {
 }
 
 /// Parses a prefix or an address.
-///
-/// # Errors
-/// Says what is right.
+/// Errors: says what is right.
 pub fn address_or_prefix(text: &str) -> Result<Ipv4Network> {
     match text.parse::<Ipv4Addr>() {
         Ok(address) => Ok(address.into()),

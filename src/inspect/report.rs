@@ -8,7 +8,6 @@ use serde::Serialize;
 
 /// The form in which a report is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub enum Form {
     Text,
     Json,
@@ -24,9 +23,7 @@ pub trait Report: Serialize {
 }
 
 /// Prints a report. True if nothing is wrong.
-///
-/// # Errors
-/// Standard output can't be written.
+/// Errors: standard output can't be written.
 pub fn print(report: &impl Report, form: Form) -> Result<bool> {
     let style = Style::of_stdout();
     let text = match form {
@@ -79,7 +76,6 @@ const END: &str = "0";
 /// Whether text is coloured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
-    /// On a terminal.
     Coloured,
     /// In a file or pipe, or where the environment has `NO_COLOR` (<https://no-color.org>).
     Plain,
@@ -94,7 +90,6 @@ pub enum Tone {
     Doubtful,
     /// Does not work.
     Bad,
-    /// A heading.
     Strong,
 }
 

@@ -29,7 +29,6 @@ const LIMIT: Duration = Duration::from_secs(28);
 pub struct Snapshot {
     /// Where files of the system are read.
     pub root: Root,
-    /// The tools, to ask further.
     pub tools: Tools,
     /// All rules and routes, the interfaces, and the tables of the iptables backend in use.
     pub kernel: Kernel,
@@ -46,19 +45,15 @@ pub struct Snapshot {
 pub struct Comparison {
     /// Tells whose an installed entry is.
     pub owners: Owners,
-    /// Our installed entries.
     pub installed: State,
     /// The uplinks' links, as `sync` finds them.
     pub links: UplinkLinks,
-    /// Our desired entries.
     pub desired: State,
 }
 
 impl Snapshot {
     /// Reads the system's state.
-    ///
-    /// # Errors
-    /// A tool can't be run or fails, or the answer of a tool or of the kernel can't be read.
+    /// Errors: a tool can't be run or fails, or the answer of a tool or of the kernel can't be read.
     pub fn read() -> Result<Self> {
         ensure!(
             geteuid().is_root(),
@@ -72,9 +67,7 @@ impl Snapshot {
     }
 
     /// Adds what only tools tell: the other backend's tables, and the tables of nftables.
-    ///
-    /// # Errors
-    /// A tool can't be run or fails, or its answer can't be read.
+    /// Errors: a tool can't be run or fails, or its answer can't be read.
     pub fn new(root: Root, tools: Tools, kernel: Kernel) -> Result<Self> {
         let other = tools.other().filter(|other| has_tables(other.backend));
         let other_ruleset = other.map(|other| -> Result<(Backend, Ruleset)> {
@@ -97,9 +90,7 @@ impl Snapshot {
     }
 
     /// Compares our installed entries with those that `sync` would make.
-    ///
-    /// # Errors
-    /// An address that can't be an uplink's.
+    /// Errors: an address that can't be an uplink's.
     pub fn compare(&self, config: &Config) -> Result<Comparison> {
         let owners = Owners::new(Some(config), &self.kernel);
         let installed = owners.installed(&self.kernel);
@@ -138,9 +129,7 @@ impl Snapshot {
     }
 
     /// The kernel's answer to `ip route get`, or its refusal: `Network is unreachable`.
-    ///
-    /// # Errors
-    /// `ip` can't be run, or its answer can't be read.
+    /// Errors: `ip` can't be run, or its answer can't be read.
     pub fn route_get(&self, question: &str) -> Result<Result<RouteLookup, String>> {
         let output = self.tools.ip_ask(&format!("route get {question}"))?;
         if output.status.success() {

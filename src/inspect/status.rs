@@ -27,7 +27,6 @@ use crate::reconcile::dnat;
 use crate::reconcile::parts::{Part, parts};
 use crate::reconcile::unlisted;
 
-/// What `mh-hook status` prints.
 #[derive(Debug, Serialize)]
 pub struct Status {
     /// Whether nothing is missing, and nothing extra, as far as is known for sure.
@@ -89,7 +88,6 @@ enum LinkState {
 
 #[derive(Debug, Serialize)]
 struct ForwardStatus {
-    /// Protocols and ports: `tcp/80`.
     service: String,
     /// The sources that may use it; empty for all.
     from: Vec<String>,
@@ -107,9 +105,7 @@ struct ForwardStatus {
 }
 
 /// Compares the installed with the desired entries, of all uplinks or of one.
-///
-/// # Errors
-/// A link has an address that can't be an uplink's.
+/// Errors: a link has an address that can't be an uplink's.
 pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -> Result<Status> {
     let Comparison {
         owners,

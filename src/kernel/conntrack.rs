@@ -54,10 +54,8 @@ const IPS_SEEN_REPLY: u32 = 1 << 1;
 const IPS_SRC_NAT: u32 = 1 << 4;
 const IPS_DST_NAT: u32 = 1 << 5;
 
-/// A tracked connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
-    /// The protocol's number.
     pub protocol: u8,
     /// The addresses and ports of the first packet, before NAT.
     pub original: Tuple,
@@ -78,7 +76,6 @@ pub struct Flow {
 
 /// One direction of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Tuple {
     pub source: Ipv4Addr,
     pub destination: Ipv4Addr,
@@ -137,9 +134,7 @@ impl Filter {
 }
 
 /// The connections for which this holds, among those that one of the filters takes; each once.
-///
-/// # Errors
-/// The kernel refuses, or does not answer.
+/// Errors: the kernel refuses, or does not answer.
 pub fn find(
     filters: impl IntoIterator<Item = Filter>,
     mut is_wanted: impl FnMut(&Flow) -> bool,
@@ -155,9 +150,7 @@ pub fn find(
 }
 
 /// Visits the connections that one of the filters takes; one that several take, several times.
-///
-/// # Errors
-/// The kernel refuses, or does not answer.
+/// Errors: the kernel refuses, or does not answer.
 pub fn each(filters: impl IntoIterator<Item = Filter>, mut visit: impl FnMut(Flow)) -> Result<()> {
     // With a count of 0 there is nothing to ask (nf_conntrack-sysctl.rst).
     if Root::system()
@@ -186,9 +179,7 @@ pub fn each(filters: impl IntoIterator<Item = Filter>, mut visit: impl FnMut(Flo
 
 /// Ends these connections: their next packets pass the nat table and are marked anew. Returns how many there were; one that
 /// has ended meanwhile is not counted.
-///
-/// # Errors
-/// The kernel refuses one of them; the others are ended all the same.
+/// Errors: the kernel refuses one of them; the others are ended all the same.
 pub fn end(flows: &[Flow]) -> (usize, Result<()>) {
     let mut ended = 0;
     let mut result = Ok(());
@@ -337,5 +328,26 @@ impl Flow {
     fn zone(&self) -> u16 {
         let zone = nested(&self.key, CTA_ZONE).and_then(|value| u16_be_at(value, 0));
         zone.unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_parser_panic(
+            attributes in vec((0..30_u16, vec(any::<u8>(), 0..40)), 0..8),
+            cut in 0..300_usize,
+        ) {
+            let mut body = header();
+            body.extend(attributes.iter().flat_map(|(kind, value)| attribute(*kind, value)));
+            body.truncate(cut);
+            let _ = flow(&body).map(|flow| flow.to_string());
+        }
     }
 }

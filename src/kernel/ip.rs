@@ -11,7 +11,6 @@ use crate::model::route::TableId;
 pub struct RouteLookup {
     /// Whether the packet is delivered to the router itself.
     pub is_local: bool,
-    /// The output interface.
     pub dev: String,
     /// The gateway. None if the destination is on the link.
     pub via: Option<String>,
@@ -22,9 +21,7 @@ pub struct RouteLookup {
 }
 
 /// Parses `192.0.2.9 from 192.168.0.2 dev ppp0 table 10 mark 0xa`, `local 203.0.113.10 dev lo table 255 …`
-///
-/// # Errors
-/// It has no output interface.
+/// Errors: it has no output interface.
 pub fn route_lookup(text: &str) -> Result<RouteLookup> {
     let line = text.lines().next().unwrap_or_default();
     let mut lookup = RouteLookup::default();

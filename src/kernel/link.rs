@@ -14,13 +14,11 @@ use crate::model::names::IfName;
 /// How long a link may take from pppd's `ip-pre-up` until it is up. All hooks in ip-pre-up.d run in that time.
 const UP_LIMIT: Duration = Duration::from_secs(10);
 
-/// An interface that exists.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {
     /// `IFF_UP`: pppd sets it when IPCP has finished, and clears it when the link ends (`sifup`,
     /// `sifdown` in pppd's sys-linux.c).
     pub up: bool,
-    /// The MTU in bytes.
     pub mtu: Option<u32>,
     /// The IPv4 addresses, in the kernel's order.
     pub addresses: Vec<Ipv4Addr>,
@@ -30,14 +28,11 @@ pub struct Link {
     pub src_valid_mark: bool,
 }
 
-/// All interfaces by name.
 pub type Links = BTreeMap<String, Link>;
 
 impl Link {
     /// Reads all interfaces.
-    ///
-    /// # Errors
-    /// The netlink dump fails.
+    /// Errors: the netlink dump fails.
     pub fn all() -> Result<Links> {
         // The addresses first: those of an interface that is deleted meanwhile are then left out.
         let addresses = netlink::addresses()?;
@@ -57,9 +52,7 @@ impl Link {
     }
 
     /// Reads the interface. None if there is no such interface.
-    ///
-    /// # Errors
-    /// The netlink dump fails.
+    /// Errors: the netlink dump fails.
     pub fn read(interface: &IfName) -> Result<Option<Self>> {
         Ok(Self::all()?.remove(interface.as_str()))
     }
@@ -71,9 +64,7 @@ impl Link {
     }
 
     /// Waits until the interface is up, or [`UP_LIMIT`] has passed.
-    ///
-    /// # Errors
-    /// The netlink dump fails.
+    /// Errors: the netlink dump fails.
     pub fn wait(interface: &IfName) -> Result<()> {
         let deadline = Instant::now() + UP_LIMIT;
         while Instant::now() < deadline && !Self::read(interface)?.is_some_and(|link| link.up) {

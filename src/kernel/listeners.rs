@@ -8,11 +8,9 @@ use crate::model::forward::Protocol;
 /// A socket that is bound to a port and not connected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Socket {
-    /// TCP or UDP.
     pub protocol: Protocol,
     /// None if it listens on all addresses.
     pub address: Option<Ipv4Addr>,
-    /// The local port.
     pub port: u16,
 }
 

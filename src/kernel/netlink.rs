@@ -78,15 +78,12 @@ const TIMEOUT: i64 = 5;
 /// How often a dump is tried while the entries change.
 const TRIES: usize = 20;
 
-/// An interface.
 #[derive(Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Interface {
     pub index: u32,
     pub name: String,
     /// `IFF_UP`, linux/if.h.
     pub up: bool,
-    /// In bytes.
     pub mtu: Option<u32>,
     /// The interface's own value, without that of `all` (Documentation/networking/ip-sysctl.rst).
     pub src_valid_mark: bool,
@@ -94,19 +91,15 @@ pub struct Interface {
 
 /// An IPv4 address of an interface.
 #[derive(Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Address {
     /// The interface's index. The address's label, which getifaddrs(3) returns as the interface's name, need not be it.
     pub index: u32,
     pub address: Ipv4Addr,
-    /// How long ago it was added.
     pub age: Duration,
 }
 
 /// All interfaces.
-///
-/// # Errors
-/// The dump fails.
+/// Errors: the dump fails.
 pub fn interfaces() -> Result<Vec<Interface>> {
     let protocol = SockProtocol::NetlinkRoute;
     let interfaces = dump(protocol, [RTM_GETLINK, RTM_NEWLINK], &mut [0; INTERFACE])
@@ -118,9 +111,7 @@ pub fn interfaces() -> Result<Vec<Interface>> {
 }
 
 /// All IPv4 addresses, in the kernel's order.
-///
-/// # Errors
-/// The dump fails.
+/// Errors: the dump fails.
 pub fn addresses() -> Result<Vec<Address>> {
     let protocol = SockProtocol::NetlinkRoute;
     let addresses = dump(protocol, [RTM_GETADDR, RTM_NEWADDR], &mut [0; ADDRESS])
@@ -132,9 +123,7 @@ pub fn addresses() -> Result<Vec<Address>> {
 }
 
 /// Whether nf_tables has a table of the name of one of iptables-nft.
-///
-/// # Errors
-/// The dump fails.
+/// Errors: the dump fails.
 pub fn nft_tables() -> Result<bool> {
     let protocol = SockProtocol::NetlinkNetFilter;
     let tables = dump(protocol, [NFT_GETTABLE, NFT_NEWTABLE], &mut [0; NFGENMSG])
@@ -148,9 +137,7 @@ pub fn nft_tables() -> Result<bool> {
 
 /// Dumps all IPv4 entries of a kind. Returns the body of each reply: a header that depends on the kind, and attributes.
 /// `header` is that header for the request; its first byte is the family, which is set here.
-///
-/// # Errors
-/// The kernel does not answer, refuses, or the entries keep changing during the dump.
+/// Errors: the kernel does not answer, refuses, or the entries keep changing during the dump.
 pub fn dump(
     protocol: SockProtocol,
     [request_kind, reply_kind]: [u16; 2],
@@ -178,9 +165,7 @@ pub struct Socket {
 
 impl Socket {
     /// Opens one.
-    ///
-    /// # Errors
-    /// The kernel has no such part.
+    /// Errors: the kernel has no such part.
     pub fn open(protocol: SockProtocol) -> Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
@@ -193,9 +178,7 @@ impl Socket {
     }
 
     /// Visits the body of each reply of this kind. False if the entries changed during the dump, so that some may be missing.
-    ///
-    /// # Errors
-    /// The kernel does not answer, or refuses.
+    /// Errors: the kernel does not answer, or refuses.
     pub fn dump(
         &mut self,
         [request_kind, reply_kind]: [u16; 2],
@@ -207,9 +190,7 @@ impl Socket {
     }
 
     /// Sends a request for a change, or for one entry, whose reply of this kind is visited.
-    ///
-    /// # Errors
-    /// The kernel does not answer, or refuses: an [`Errno`].
+    /// Errors: the kernel does not answer, or refuses: an [`Errno`].
     pub fn ask(
         &mut self,
         [request_kind, reply_kind]: [u16; 2],
@@ -220,14 +201,8 @@ impl Socket {
         self.receive(reply_kind, visit).map(drop)
     }
 
-    /// Sends a request. The sequence number and port may be 0 (netlink(7)).
     fn send(&self, kind: u16, flags: u16, body: &[u8]) -> Result<()> {
-        let length = u32::try_from(HEADER + body.len()).expect("the request is short");
-        let mut message = length.to_ne_bytes().to_vec();
-        message.extend(kind.to_ne_bytes());
-        message.extend((NLM_F_REQUEST | flags).to_ne_bytes());
-        message.extend([0; 8]);
-        message.extend(body);
+        let message = request(kind, flags, body);
         send(self.socket.as_raw_fd(), &message, MsgFlags::empty())?;
         Ok(())
     }
@@ -252,6 +227,17 @@ impl Socket {
             }
         }
     }
+}
+
+/// A request. The sequence number and port may be 0 (netlink(7)).
+fn request(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(HEADER + body.len()).expect("the request is short");
+    let mut message = length.to_ne_bytes().to_vec();
+    message.extend(kind.to_ne_bytes());
+    message.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+    message.extend([0; 8]);
+    message.extend(body);
+    message
 }
 
 /// The types and values of the attributes after a body's header of this many bytes.
@@ -402,7 +388,7 @@ mod tests {
 
     #[test]
     fn a_message_that_is_cut_short_is_not_parsed() {
-        let request = request(RTM_GETADDR, &[0; ADDRESS]);
+        let request = request(RTM_GETADDR, NLM_F_DUMP, &[0; ADDRESS]);
         assert!(next_message(&mut &request[..20]).is_none());
         let mut rest: &[u8] = &request;
         let first = next_message(&mut rest).expect("one message");

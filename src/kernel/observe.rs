@@ -15,19 +15,15 @@ use crate::kernel::tools::{Backend, Counters, Tools};
 /// The kernel's state, read at about one instant.
 #[derive(Clone, Debug, Default)]
 pub struct Kernel {
-    /// The ip rules and routes.
     pub routing: RoutingDump,
     /// The iptables tables of the backend in use.
     pub ruleset: Ruleset,
-    /// The interfaces.
     pub links: Links,
 }
 
 impl Kernel {
     /// Reads the kernel's state; asks netlink while iptables-save runs.
-    ///
-    /// # Errors
-    /// A netlink dump or iptables-save fails, or prints what can't be parsed.
+    /// Errors: a netlink dump or iptables-save fails, or prints what can't be parsed.
     pub fn read(tools: &Tools, whose: Whose, counters: Counters) -> Result<Self> {
         let save = tools.iptables_save(counters)?;
         Ok(Self {

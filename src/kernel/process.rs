@@ -28,9 +28,7 @@ const MAX_OUTPUT: usize = 64 << 20;
 
 /// What a tool printed until it exited.
 #[derive(Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Output {
-    /// The tool's name and arguments.
     pub name: String,
     pub status: ExitStatus,
     pub stdout: String,
@@ -39,9 +37,7 @@ pub struct Output {
 
 impl Output {
     /// Turns a failure's output into an error.
-    ///
-    /// # Errors
-    /// The tool failed: its exit status and what it printed on stderr.
+    /// Errors: the tool failed: its exit status and what it printed on stderr.
     pub fn success(self) -> Result<Self> {
         ensure!(self.status.success(), "{}: {}", self.name, self.failure());
         Ok(self)
@@ -86,9 +82,7 @@ pub struct Process {
 
 impl Process {
     /// Starts this command, which must exit by the deadline.
-    ///
-    /// # Errors
-    /// It can't be started.
+    /// Errors: it can't be started.
     pub fn start(name: String, command: &mut Command, deadline: Instant) -> Result<Self> {
         let child = command
             // Its own process group, so that what it starts is killed with it.
@@ -115,9 +109,7 @@ impl Process {
     }
 
     /// Gives the tool its input: at once what the pipe takes, the rest during [`Self::finish`].
-    ///
-    /// # Errors
-    /// The input can't be written.
+    /// Errors: the input can't be written.
     pub fn given(mut self, input: String) -> Result<Self> {
         // The time limit begins here: the tool may have been started long before.
         self.until = self.deadline.min(Instant::now() + LIMIT);
@@ -127,9 +119,7 @@ impl Process {
     }
 
     /// Waits until the tool exits.
-    ///
-    /// # Errors
-    /// It does not exit in time, or prints too much.
+    /// Errors: it does not exit in time, or prints too much.
     pub fn finish(mut self) -> Result<Output> {
         let status = self.run().with_context(|| self.name.clone())?;
         Ok(Output {
@@ -141,9 +131,7 @@ impl Process {
     }
 
     /// What the tool prints on stdout.
-    ///
-    /// # Errors
-    /// It fails, or does not exit in time.
+    /// Errors: it fails, or does not exit in time.
     pub fn answer(self) -> Result<String> {
         Ok(self.finish()?.success()?.stdout)
     }

@@ -12,7 +12,6 @@ use nix::fcntl::OFlag;
 /// As many symbolic links as the kernel follows in one path (`MAXSYMLINKS`, linux/namei.h).
 const MAX_LINKS: usize = 40;
 
-/// The root folder.
 #[derive(Clone, Debug)]
 pub struct Root {
     folder: PathBuf,

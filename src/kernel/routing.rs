@@ -49,7 +49,6 @@ const FRA_DPORT_RANGE: u16 = 24;
 
 /// Whose routes to dump. A router with a full BGP table has a million of others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub enum Whose {
     /// Those with our protocol number.
     Ours,
@@ -59,17 +58,13 @@ pub enum Whose {
 /// The ip rules and routes, in the kernel's order.
 #[derive(Clone, Debug, Default)]
 pub struct RoutingDump {
-    /// Everybody's ip rules.
     pub rules: Vec<RouteRule>,
-    /// The routes of all tables.
     pub routes: Vec<Route>,
 }
 
 impl RoutingDump {
     /// Dumps everybody's rules, and ours or everybody's routes.
-    ///
-    /// # Errors
-    /// A dump fails, or has an entry that can't be parsed.
+    /// Errors: a dump fails, or has an entry that can't be parsed.
     pub fn read(whose: Whose) -> Result<Self> {
         Ok(Self {
             rules: rules()?,

@@ -4,9 +4,7 @@ use std::fs;
 use std::io;
 
 /// Sets the parameter at this path in /proc/sys.
-///
-/// # Errors
-/// The file can't be written.
+/// Errors: the file can't be written.
 pub fn write(path: &str, value: &str) -> io::Result<()> {
     fs::write(format!("/proc/sys/{path}"), value)
 }

@@ -16,7 +16,6 @@ use crate::kernel::root::Root;
 /// The folders that are searched for tools. PATH is not: the caller chooses it.
 const DIRS: [&str; 4] = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
 
-/// The paths of the tools.
 #[derive(Clone, Debug)]
 pub struct Tools {
     ip: PathBuf,
@@ -33,9 +32,7 @@ pub struct Tools {
 /// The two backends of iptables. The kernel can have rules of both at the same time (xtables-nft(8)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
-    /// nf_tables.
     Nft,
-    /// ip_tables.
     Legacy,
 }
 
@@ -48,7 +45,6 @@ impl Backend {
         }
     }
 
-    /// The other one of the two.
     pub fn other(self) -> Self {
         match self {
             Self::Nft => Self::Legacy,
@@ -65,7 +61,6 @@ impl fmt::Display for Backend {
 
 /// Whether iptables-save prints the counters of rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub enum Counters {
     Shown,
     Hidden,
@@ -91,17 +86,13 @@ pub enum OnError {
 
 impl Tools {
     /// Finds the tools. Each tool that is started must exit by the deadline.
-    ///
-    /// # Errors
-    /// A tool is missing; the error names the package that has it.
+    /// Errors: a tool is missing; the error names the package that has it.
     pub fn find(deadline: Instant) -> Result<Self> {
         Self::find_below(&Root::system(), deadline)
     }
 
     /// The same of the tools below another root folder.
-    ///
-    /// # Errors
-    /// Those of [`Self::find`].
+    /// Errors: those of [`Self::find`].
     pub fn find_below(root: &Root, deadline: Instant) -> Result<Self> {
         let find = |name, package| find(root, name, package);
         let ip = find("ip", "iproute2")?;
@@ -138,9 +129,7 @@ impl Tools {
     }
 
     /// Starts `ip -batch`, which reads its lines from stdin.
-    ///
-    /// # Errors
-    /// It can't be run.
+    /// Errors: it can't be run.
     pub fn ip_batch(&self, on_error: OnError) -> Result<Process> {
         let args: &[&str] = match on_error {
             OnError::Stop => &["-4", "-batch", "-"],
@@ -150,18 +139,14 @@ impl Tools {
     }
 
     /// Runs one `ip` command whose words are separated by spaces. Its failure is an output, too.
-    ///
-    /// # Errors
-    /// It can't be run.
+    /// Errors: it can't be run.
     pub fn ip_ask(&self, command: &str) -> Result<Output> {
         let words = ["-4", "-N"].into_iter().chain(command.split(' '));
         self.start(&self.ip, &words.collect::<Vec<_>>())?.finish()
     }
 
     /// The versions of `ip` and iptables-save, as they print them.
-    ///
-    /// # Errors
-    /// One of them can't be run.
+    /// Errors: one of them can't be run.
     pub fn versions(&self) -> Result<(String, String)> {
         let version = |path: &Path| -> Result<String> {
             let output = self.start(path, &["-V"])?.finish()?;
@@ -171,9 +156,7 @@ impl Tools {
     }
 
     /// The output of `nft list chains`. None if nft is not installed, or fails.
-    ///
-    /// # Errors
-    /// It can't be run.
+    /// Errors: it can't be run.
     pub fn nft_chains(&self) -> Result<Option<String>> {
         let Ok(path) = find(&self.root, "nft", "nftables") else {
             return Ok(None);
@@ -183,17 +166,13 @@ impl Tools {
     }
 
     /// Starts `iptables-save`, which prints all rules of all tables.
-    ///
-    /// # Errors
-    /// It can't be run.
+    /// Errors: it can't be run.
     pub fn iptables_save(&self, counters: Counters) -> Result<Process> {
         self.start(&self.save, counters.args())
     }
 
     /// The output of `nft list tables`. None if nft is not installed.
-    ///
-    /// # Errors
-    /// It can't be run, or fails.
+    /// Errors: it can't be run, or fails.
     pub fn nft_tables(&self) -> Result<Option<String>> {
         match find(&self.root, "nft", "nftables") {
             Ok(path) => self.start(&path, &["list", "tables"])?.answer().map(Some),
@@ -203,9 +182,7 @@ impl Tools {
 
     /// Starts `iptables-restore`, which changes each table on its stdin in one transaction. The legacy one waits for
     /// the xtables lock.
-    ///
-    /// # Errors
-    /// It can't be run.
+    /// Errors: it can't be run.
     pub fn iptables_restore(&self) -> Result<Process> {
         // One second less than its time limit, so that it gives up by itself and says why.
         let seconds = self.limit().as_secs().saturating_sub(1).max(1).to_string();
@@ -233,9 +210,7 @@ impl Tools {
 }
 
 /// Starts this program again, with these arguments and the same environment, in the background.
-///
-/// # Errors
-/// It can't be run.
+/// Errors: it can't be run.
 pub fn start_self(args: &[OsString]) -> Result<()> {
     Command::new("/proc/self/exe")
         .arg0("mh-hook")

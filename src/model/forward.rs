@@ -9,7 +9,6 @@ use ipnetwork::Ipv4Network;
 
 /// A protocol above IP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[expect(missing_docs, reason = "the names say it")]
 pub enum Protocol {
     Icmp,
     Tcp,
@@ -31,7 +30,6 @@ impl Protocol {
         Self::Sctp,
     ];
 
-    /// The protocol of that name.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL
             .into_iter()
@@ -88,14 +86,12 @@ impl fmt::Display for Protocol {
 /// One port, or several in a row. Its `Display` is `80`, or `8000-8010`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PortRange {
-    /// The first port.
     pub first: u16,
     /// The last port, which may be the first.
     pub last: u16,
 }
 
 impl PortRange {
-    /// One port alone.
     pub fn one(port: u16) -> Self {
         Self {
             first: port,
@@ -103,12 +99,10 @@ impl PortRange {
         }
     }
 
-    /// Whether it is one port alone.
     pub fn is_one(self) -> bool {
         self.first == self.last
     }
 
-    /// Whether a port is one of these.
     pub fn contains(self, port: u16) -> bool {
         (self.first..=self.last).contains(&port)
     }
@@ -137,14 +131,12 @@ impl fmt::Display for PortRange {
     }
 }
 
-/// A port forward.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Forward {
     /// The protocols, in the order of the file; none for any.
     pub protocols: Cow<'static, [Protocol]>,
     /// The ports at the uplink's address; none for all, or where the protocol has none.
     pub ports: Option<PortRange>,
-    /// The LAN host.
     pub to: Ipv4Addr,
     /// The port there, where it is another.
     pub to_port: Option<u16>,
@@ -157,7 +149,6 @@ pub struct Forward {
 pub struct Asked {
     /// Who asks; none where that is not to count.
     pub source: Option<Ipv4Addr>,
-    /// The protocol's number.
     pub protocol: u8,
     /// The destination port; none where the protocol has none.
     pub port: Option<u16>,

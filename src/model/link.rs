@@ -8,14 +8,11 @@ use ipnetwork::Ipv4Network;
 
 use crate::model::names::{IfName, UplinkName};
 
-/// An uplink's link that has an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UplinkLink {
-    /// The interface.
     pub interface: IfName,
     /// The address that entries are for.
     pub address: Ipv4Addr,
-    /// All its addresses.
     pub addresses: Vec<Ipv4Addr>,
     /// Whether it carries traffic, so that a route can leave by it.
     pub state: LinkState,
@@ -26,7 +23,6 @@ pub struct UplinkLink {
 /// Whether a link carries traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkState {
-    /// It does.
     Up,
     /// It is about to: pppd waits for its hooks.
     AboutToBeUp,
@@ -36,9 +32,7 @@ pub enum LinkState {
 pub type UplinkLinks = BTreeMap<UplinkName, Option<UplinkLink>>;
 
 /// Whether an address can be a link's own: not 0/8, 127/8, nor 224/3 (RFC 6890), nor within a LAN.
-///
-/// # Errors
-/// Says which of these it is.
+/// Errors: says which of these it is.
 pub fn check_local(address: Ipv4Addr, lan: &[Ipv4Network]) -> Result<()> {
     let first = address.octets()[0];
     if first == 0 || first == 127 || first >= 224 {

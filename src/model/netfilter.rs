@@ -20,10 +20,8 @@ pub enum Table {
 }
 
 impl Table {
-    /// All of them.
     pub const ALL: [Self; 3] = [Self::Mangle, Self::Nat, Self::Filter];
 
-    /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Mangle => "mangle",
@@ -45,9 +43,7 @@ pub struct Rule(pub String);
 
 impl Rule {
     /// The rule that iptables-save has printed, in the form that we compare. iptables before 1.8 puts more words in quotes.
-    ///
-    /// # Errors
-    /// A quote is not closed.
+    /// Errors: a quote is not closed.
     pub fn parse(text: &str) -> Result<Self> {
         // Plain words, one space apart, stand in that form already: there may be 10,000 such rules.
         let mut last = b' ';
@@ -112,9 +108,7 @@ impl UplinkTable {
 /// The words of a rule: iptables-save puts words with other than plain characters in double quotes, and escapes quotes
 /// and backslashes in them (`xtables_save_string`, libxtables/xtables.c). Names of interfaces are printed as they are,
 /// so a quote counts at a word's start only.
-///
-/// # Errors
-/// A quote is not closed.
+/// Errors: a quote is not closed.
 pub fn words(text: &str) -> Result<Vec<String>> {
     let mut words = Vec::new();
     let mut chars = text.chars().peekable();
@@ -179,31 +173,4 @@ pub fn is_before_name(option: &[u8]) -> bool {
 /// Whether a byte needs no quotes.
 fn is_plain(byte: u8) -> bool {
     matches!(byte, b'a'..=b'z' | b'A'..=b'Z' | b'+'..=b':' | b'_' | b'=' | b'!' | b'@' | b'%')
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::collection::vec;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// An option and its value, as iptables-save prints them: a name has no spaces, but may have quotes.
-    fn option() -> impl Strategy<Value = [String; 2]> {
-        let name = ("-[iojg]", "[a-z\"\\\\'#é]{1,15}");
-        let value = ("--[a-z]{1,9}", any::<String>());
-        let both = prop_oneof![name, value];
-        both.prop_map(|(option, value)| [option, value])
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
-
-        #[test]
-        fn words_are_the_same_after_they_are_joined_and_parsed(options in vec(option(), 0..6)) {
-            let words = options.concat();
-            let rule = Rule::parse(&join(&words)).expect("its quotes are closed");
-            prop_assert_eq!(rule.words(), words);
-        }
-    }
 }

@@ -42,9 +42,7 @@ impl fmt::Display for TableId {
 /// The bits of a packet's or connection's mark that count, and their value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FwMark {
-    /// The value of the masked bits.
     pub value: u32,
-    /// The bits that count.
     pub mask: u32,
 }
 
@@ -59,7 +57,6 @@ impl FwMark {
         Some(Self { value, mask })
     }
 
-    /// Whether a mark has these bits.
     pub fn matches(self, mark: u32) -> bool {
         mark & self.mask == self.value
     }
@@ -106,20 +103,16 @@ impl RouteKind {
     }
 }
 
-/// An IPv4 route.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Route {
     /// The table it stands in.
     pub table: TableId,
     /// 0 where none is given.
     pub metric: u32,
-    /// What it does.
     pub kind: RouteKind,
     /// The addresses that it is for; all of them is `default`.
     pub destination: Ipv4Network,
-    /// The next router.
     pub gateway: Option<Ipv4Addr>,
-    /// The link it leaves by.
     pub dev: Option<String>,
     /// Who made it (`rtm_protocol`).
     pub protocol: u8,
@@ -148,7 +141,6 @@ impl Route {
 /// What a rule does with the packets that it matches (`FR_ACT_TO_TBL` and its kin, linux/fib_rules.h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuleAction {
-    /// Asks a table.
     Lookup(TableId),
     /// Drops them in silence.
     Blackhole,
@@ -171,9 +163,7 @@ pub struct RouteRule {
     pub to: Option<Ipv4Network>,
     /// The interface the packet came in by.
     pub iif: Option<String>,
-    /// The packet mark it matches.
     pub fwmark: Option<FwMark>,
-    /// What it does.
     pub action: RuleAction,
     /// Routes with a prefix this short are passed over.
     pub suppress_prefixlength: Option<u32>,
@@ -199,7 +189,6 @@ impl RouteRule {
         }
     }
 
-    /// The table that it asks.
     pub fn table(&self) -> Option<TableId> {
         match self.action {
             RuleAction::Lookup(table) => Some(table),

@@ -9,9 +9,7 @@ use crate::model::route::{Route, RouteRule};
 /// Our entries: those that are installed, or those that are desired.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct State {
-    /// Routes.
     pub routes: BTreeSet<Route>,
-    /// Rules of the routing policy.
     pub rules: BTreeSet<RouteRule>,
     /// What each uplink has in each table of iptables; none of them is empty.
     pub tables: BTreeMap<(Table, UplinkName), UplinkTable>,
@@ -22,13 +20,10 @@ pub struct State {
 /// One entry of a state, or of anybody's.
 #[derive(Clone, Copy, Debug)]
 pub enum Entry<'a> {
-    /// A route.
     Route(&'a Route),
-    /// A rule of the routing policy.
     RouteRule(&'a RouteRule),
     /// A chain of iptables that somebody made.
     Chain(Table, &'a str),
-    /// A rule in a chain of iptables.
     Rule(Table, &'a str, &'a Rule),
     /// An interface's `src_valid_mark`.
     SrcValidMark(&'a IfName),
@@ -128,7 +123,6 @@ impl State {
         }
     }
 
-    /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }

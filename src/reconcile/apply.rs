@@ -12,12 +12,9 @@ use crate::kernel::tools::{OnError, Tools};
 use crate::reconcile::command::value;
 use crate::reconcile::diff::{Change, Edit, Step, entry_flag};
 
-/// The outcome of the steps.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// Entries added.
     pub added: usize,
-    /// Entries removed.
     pub removed: usize,
     /// The steps that failed, and why.
     pub errors: Vec<Error>,

@@ -11,31 +11,24 @@ use crate::reconcile::diff::Change;
 /// A command line for a shell. `Display` writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command<'a> {
-    /// `ip route`
     Route(Change, &'a Route),
-    /// `ip rule`
     RouteRule(Change, &'a RouteRule),
     /// The interface's `src_valid_mark`: 1, or 0 again.
     SrcValidMark(Change, &'a IfName),
-    /// `iptables`
     Iptables {
         /// `iptables`, or the name of the backend that is not in use.
         name: &'static str,
-        /// Its table.
         table: Table,
         /// The option: `-A`, `-D`, …
         flag: &'static str,
-        /// To which chain.
         chain: &'a str,
         /// The number in the chain, for `-I`.
         number: Option<usize>,
-        /// With which rule.
         spec: Option<&'a Rule>,
     },
 }
 
 impl<'a> Command<'a> {
-    /// A command of iptables.
     pub fn iptables(
         table: Table,
         flag: &'static str,

@@ -17,11 +17,8 @@ use crate::reconcile::dnat;
 /// An uplink whose link is up, or about to be.
 #[derive(Debug)]
 pub struct Up<'a> {
-    /// Its name.
     pub name: &'a UplinkName,
-    /// Its configuration.
     pub uplink: &'a Uplink,
-    /// Its link.
     pub link: &'a UplinkLink,
 }
 

@@ -11,11 +11,9 @@ use crate::reconcile::command::Command;
 /// Whether a step adds or removes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Adds an entry.
     Add,
     /// Adds an entry in place of one of ours with the same key.
     Replace,
-    /// Removes an entry.
     Delete,
 }
 
@@ -30,20 +28,15 @@ impl Change {
     }
 }
 
-/// One change of the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// A route.
     Route(Change, Route),
-    /// A rule of the routing policy.
     RouteRule(Change, RouteRule),
     /// An interface's `src_valid_mark`: 1, or 0 again.
     SrcValidMark(Change, IfName),
     /// An uplink's own chain, with all rules, since their order matters.
     Chain {
-        /// The table.
         table: Table,
-        /// The chain.
         chain: String,
         /// The installed rules. None if the chain is not installed.
         before: Option<Rules>,
@@ -142,17 +135,13 @@ const MAX_EDITS: usize = 32;
 /// One edit of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Edit<'a> {
-    /// Creates the chain.
     New,
-    /// Deletes all rules.
     Flush,
     /// Deletes the first rule with this text.
     Delete(&'a Rule),
     /// Inserts a rule, which has this number afterwards, from 1.
     Insert(usize, &'a Rule),
-    /// Appends a rule.
     Append(&'a Rule),
-    /// Deletes the chain.
     Remove,
 }
 
@@ -330,102 +319,4 @@ fn differ<'a, T: Ord>(before: &'a [T], after: &'a [T]) -> (Vec<&'a T>, Vec<&'a T
     let mut missing: Vec<&T> = after.iter().rev().filter(|item| !spend(item)).collect();
     missing.reverse();
     (extra, missing)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::rc::Rc;
-
-    use super::*;
-
-    /// All chains of up to three rules, of three kinds; and none.
-    fn chains() -> Vec<Option<Vec<Rule>>> {
-        let mut chains = vec![Vec::new()];
-        for length in 0..3 {
-            let longer = chains.iter().filter(|chain| chain.len() == length);
-            let longer = longer.flat_map(|chain| {
-                ["-p tcp", "-p udp", "-p esp"].map(|spec| {
-                    let one = [Rule(spec.to_owned())];
-                    [chain.as_slice(), &one].concat()
-                })
-            });
-            chains.extend(longer.collect::<Vec<_>>());
-        }
-        chains.into_iter().map(Some).chain([None]).collect()
-    }
-
-    /// What iptables makes of a chain (iptables(8)).
-    fn carry_out(command: &str, chain: &mut Option<Vec<Rule>>) {
-        let words: Vec<&str> = command.split(' ').collect();
-        let spec = |from: usize| Rule(words[from..].join(" "));
-        assert_eq!(
-            (words[..3].join(" ").as_str(), words[4]),
-            ("iptables -t nat", "mh-isp0")
-        );
-        if words[3] == "-N" {
-            assert_eq!(chain.replace(Vec::new()), None, "{command}");
-            return;
-        }
-        let rules = chain.as_mut().expect("the chain stands");
-        match words[3] {
-            "-A" => rules.push(spec(5)),
-            "-I" => rules.insert(words[5].parse::<usize>().expect("a number") - 1, spec(6)),
-            "-D" => {
-                let place = rules.iter().position(|rule| *rule == spec(5));
-                rules.remove(place.expect("the rule stands"));
-            }
-            "-F" => rules.clear(),
-            "-X" => {
-                assert!(rules.is_empty(), "{command}");
-                *chain = None;
-            }
-            flag => panic!("{flag}"),
-        }
-    }
-
-    #[test]
-    fn the_mending_of_any_chain_deletes_first_and_ends_in_what_is_wanted() {
-        for before in chains() {
-            for after in chains().into_iter().filter(|after| *after != before) {
-                let step = Step::Chain {
-                    table: Table::Nat,
-                    chain: "mh-isp0".into(),
-                    before: before.clone().map(Rc::new),
-                    after: after.clone().map(Rc::new),
-                };
-                let mut mending = step.commands();
-                mending.sort_by_key(|(change, _)| *change != Change::Delete);
-                let mut chain = before.clone();
-                for (_, command) in &mending {
-                    carry_out(&command.to_string(), &mut chain);
-                }
-                assert_eq!(chain, after, "{before:?} by {mending:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn one_rule_that_is_missing_is_one_command() {
-        let rules = ["-p tcp", "-p udp", "-p esp"].map(|spec| Rule(spec.to_owned()));
-        for (missing, expected) in [
-            (0, "iptables -t nat -I mh-isp0 1 -p tcp"),
-            (1, "iptables -t nat -I mh-isp0 2 -p udp"),
-            (2, "iptables -t nat -A mh-isp0 -p esp"),
-        ] {
-            let mut before = rules.to_vec();
-            before.remove(missing);
-            let step = Step::Chain {
-                table: Table::Nat,
-                chain: "mh-isp0".into(),
-                before: Some(Rc::new(before)),
-                after: Some(Rc::new(rules.to_vec())),
-            };
-            let mending = step.commands();
-            let commands: Vec<String> = mending
-                .iter()
-                .map(|(_, command)| command.to_string())
-                .collect();
-            assert_eq!(commands, [expected]);
-        }
-    }
 }

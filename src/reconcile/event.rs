@@ -19,9 +19,7 @@ pub enum Direction {
     /// Our own call, shortly after `ip-pre-up`: pppd runs `ip-pre-up` each time that a link comes up, but does not run
     /// `ip-up` while an earlier one is still running (`ipcp_script_done`, pppd/ipcp.c).
     Follow,
-    /// `ip-up`.
     Up,
-    /// `ip-down`.
     Down,
 }
 
@@ -64,9 +62,7 @@ impl Direction {
 /// late ones.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Event {
-    /// Which script pppd ran.
     pub direction: Direction,
-    /// The interface.
     pub interface: IfName,
     /// By what the call can be matched with an uplink.
     pub identity: Identity,
@@ -79,9 +75,7 @@ impl Event {
     /// speed, local address, remote address, ipparam; `LINKNAME` and `CALL_FILE` come in the
     /// environment. The interface argument is always there; the environment fills in for those who
     /// call with less.
-    ///
-    /// # Errors
-    /// There is no interface name, or not a valid one; or, when the link comes up, the address is not valid. When the link
+    /// Errors: there is no interface name, or not a valid one; or, when the link comes up, the address is not valid. When the link
     /// goes down, the address is ignored: it must not prevent the removal.
     pub fn from_pppd(direction: Direction, args: &[OsString]) -> Result<Self> {
         let interface = match args.first().filter(|arg| !arg.is_empty()) {
@@ -121,9 +115,7 @@ impl Event {
 }
 
 /// pppd's `IFNAME`.
-///
-/// # Errors
-/// It is missing, or not a valid name.
+/// Errors: it is missing, or not a valid name.
 pub fn interface_from_environment() -> Result<IfName> {
     let name =
         variable("IFNAME").context("no interface: give its name, or IFNAME in the environment")?;
@@ -131,9 +123,7 @@ pub fn interface_from_environment() -> Result<IfName> {
 }
 
 /// pppd's `IPLOCAL`, if it is set.
-///
-/// # Errors
-/// It is no IPv4 address.
+/// Errors: it is no IPv4 address.
 pub fn local_from_environment() -> Result<Option<Ipv4Addr>> {
     variable("IPLOCAL")
         .map(|text| address(&text).context("IPLOCAL"))
@@ -141,9 +131,7 @@ pub fn local_from_environment() -> Result<Option<Ipv4Addr>> {
 }
 
 /// A strict dotted quad.
-///
-/// # Errors
-/// It is something else.
+/// Errors: it is something else.
 pub fn address(text: &OsStr) -> Result<Ipv4Addr> {
     let text = text.to_string_lossy();
     // A hostile variable can be long: show its beginning only.

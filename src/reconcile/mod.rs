@@ -54,7 +54,6 @@ const ROUNDS: usize = 6;
 /// Whether the plan is run or printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Run it.
     Apply,
     /// Print it as commands, and change nothing.
     DryRun,
@@ -70,9 +69,7 @@ pub struct Session {
 
 impl Session {
     /// Finds the tools and waits for the lock.
-    ///
-    /// # Errors
-    /// A tool is missing, or others hold the lock for too long.
+    /// Errors: a tool is missing, or others hold the lock for too long.
     pub fn begin(mode: Mode) -> Result<Self> {
         let started = Instant::now();
         let tools = Tools::find(started + LIMIT)?;
@@ -96,9 +93,7 @@ pub struct Plan {
     pub links: UplinkLinks,
     /// Whose entries the request is about.
     pub scope: Scope,
-    /// Our installed entries.
     pub installed: State,
-    /// Our desired entries.
     pub desired: State,
     /// The steps from the installed to the desired entries.
     pub steps: Vec<Step>,
@@ -107,9 +102,7 @@ pub struct Plan {
 
 impl Plan {
     /// Makes the plan of a request. Without a configuration it only removes. None if there is nothing to do.
-    ///
-    /// # Errors
-    /// Those of [`Request::links`].
+    /// Errors: those of [`Request::links`].
     pub fn new(
         request: &Request,
         config: Option<&Config>,
@@ -159,9 +152,7 @@ impl Plan {
 
 /// Brings the kernel to the state that the request asks for. Without a configuration, because it has errors, entries are only
 /// removed.
-///
-/// # Errors
-/// The kernel could not be brought to that state.
+/// Errors: the kernel could not be brought to that state.
 pub fn reconcile(
     request: &Request,
     config: Option<&Config>,

@@ -68,7 +68,6 @@ impl OtherBackend {
         diff(&self.installed, &left)
     }
 
-    /// Removes it.
     pub fn remove(&self, request: &Request, scope: &Scope) -> Outcome {
         let steps = self.removal(request, scope);
         apply(&self.tools, &steps, OnError::GoOn)

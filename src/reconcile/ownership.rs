@@ -19,7 +19,6 @@ use crate::model::route::{FwMark, Route, RouteRule, RuleAction, TableId};
 use crate::model::state::{Entry, State};
 use crate::reconcile::forms::{Form, form, has_our_forms};
 
-/// Whose an entry is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// Ours, made for these: several where uplinks have the same address, none where nothing tells.
@@ -34,7 +33,6 @@ pub type Claimants = BTreeSet<Claimant>;
 /// Whom an entry was made for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Claimant {
-    /// An uplink.
     Uplink(UplinkName),
     /// An uplink whose name nothing tells any more; this was its interface.
     Link(String),
@@ -259,7 +257,6 @@ impl Owners {
         }
     }
 
-    /// Whose an entry is.
     pub fn owner(&self, entry: Entry) -> Owner {
         // All fields are named: when one is added, or a kind of entry, the compiler asks here whose the entry is.
         match entry {
@@ -409,7 +406,6 @@ impl Owners {
         by_entries.or_else(|| routes.find_map(|route| IfName::parse(route.dev.as_ref()?).ok()))
     }
 
-    /// Our entries among everybody's.
     pub fn installed(&self, kernel: &Kernel) -> State {
         let is_ours = |entry: Entry| self.owner(entry) != Owner::Foreign;
         let mut state = State {

@@ -13,9 +13,7 @@ use crate::reconcile::ownership::{Claimant, Owner, Owners};
 /// One uplink's entries.
 #[derive(Debug, Default)]
 pub struct Part {
-    /// Those that are installed.
     pub installed: State,
-    /// Those that are desired.
     pub desired: State,
 }
 

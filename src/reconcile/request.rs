@@ -15,12 +15,10 @@ use crate::model::state::State;
 use crate::reconcile::event::{Direction, Event};
 use crate::reconcile::ownership::Owners;
 
-/// What a call asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Request {
     /// By hand: this interface is up.
     Up {
-        /// The interface.
         interface: IfName,
         /// Whose link it is, where neither the configuration nor the installed entries tell.
         uplink: Option<UplinkName>,
@@ -28,10 +26,7 @@ pub enum Request {
         local: Option<Ipv4Addr>,
     },
     /// By hand: remove the entries, even if the link is up.
-    Down {
-        /// The interface.
-        interface: IfName,
-    },
+    Down { interface: IfName },
     /// By pppd: look at this interface.
     Event(Event),
     /// Look at all interfaces.
@@ -89,9 +84,7 @@ impl Request {
     }
 
     /// The uplinks that the configuration alone matches with the request.
-    ///
-    /// # Errors
-    /// One call by pppd matches two uplinks; or an uplink given by hand is not configured, or has another interface.
+    /// Errors: one call by pppd matches two uplinks; or an uplink given by hand is not configured, or has another interface.
     pub fn named<'a>(&self, config: &'a Config) -> Result<Vec<&'a UplinkName>> {
         let interface = match self {
             Self::Sync => return Ok(config.uplinks.keys().collect()),
@@ -133,9 +126,7 @@ impl Request {
 
     /// The present links of the uplinks in question. None if there is nothing to do: without a configuration entries are only
     /// removed, and not if the interface of a late ip-down is up again.
-    ///
-    /// # Errors
-    /// Those of [`Self::links`].
+    /// Errors: those of [`Self::links`].
     pub fn links_in_question(
         &self,
         config: Option<&Config>,
@@ -159,9 +150,7 @@ impl Request {
 
     /// The present links of the uplinks in question. Uplinks whose installed entries name the interface are in question, too:
     /// it may belong to another uplink now; and by hand, when pppd tells no identity, those entries tell the uplink.
-    ///
-    /// # Errors
-    /// By hand: the link is down, has no address, or may belong to one of several uplinks. Always: an address is not one that
+    /// Errors: by hand: the link is down, has no address, or may belong to one of several uplinks. Always: an address is not one that
     /// an uplink can have.
     pub fn links(&self, config: &Config, seen: &Seen) -> Result<UplinkLinks> {
         let mut chosen: BTreeSet<UplinkName> = self.named(config)?.into_iter().cloned().collect();
@@ -361,8 +350,6 @@ impl Request {
 pub struct Seen<'a> {
     /// Whose the installed entries are.
     pub owners: &'a Owners,
-    /// Our installed entries.
     pub installed: &'a State,
-    /// The interfaces.
     pub links: &'a Links,
 }

@@ -18,9 +18,7 @@ pub struct Lock(#[allow(dead_code)] Flock<File>);
 
 impl Lock {
     /// Waits for the lock until the deadline.
-    ///
-    /// # Errors
-    /// The file can't be opened, or another call holds the lock until the deadline.
+    /// Errors: the file can't be opened, or another call holds the lock until the deadline.
     pub fn take(deadline: Instant) -> Result<Self> {
         let mut file = OpenOptions::new()
             .read(true)

@@ -647,9 +647,6 @@ EOF
     ln -sfn "$stand_in_path" /etc/alternatives/iptables-save
     expect_found old-iptables stops v1.6.1
     ln -sfn "$backend" /etc/alternatives/iptables-save
-    mount --bind /dev/null /usr/sbin/conntrack
-    expect_found conntrack note
-    umount /usr/sbin/conntrack
     mkdir -p /boot
     printf '%s\n' CONFIG_NF_NAT=m '# CONFIG_NETFILTER_XT_CONNMARK is not set' >"/boot/config-$release"
     expect_found kernel stops CONFIG_NETFILTER_XT_CONNMARK

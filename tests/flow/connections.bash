@@ -11,10 +11,6 @@ once() {
 expect_once() { expect_equal "answer to $*" "$1 192.0.2.9" "$(LAB_PATIENCE=$LAB_WAIT once "${@:2}" || true)"; }
 expect_none() { expect_equal "answer to $*" "" "$(once "$@" || true)"; }
 
-# hide_conntrack, show_conntrack: as if the tool were not installed.
-hide_conntrack() { mount --bind /dev/null "$(command -v conntrack)"; }
-show_conntrack() { umount "$(command -v conntrack)"; }
-
 tracked() { on_router conntrack -L -o id "$@" 2>/dev/null; }
 # The identities of the connections through our first forward, and of all UDP flows but those to port 27015.
 untouched() {
@@ -37,34 +33,11 @@ test_a_flow_older_than_its_forward_is_answered_at_once() {
     expect_packets isp1 foreign none
 }
 
-test_without_the_tool_conntrack_an_older_flow_waits_and_all_else_works() {
-    local before
-    mh_hook up ppp1
-    before=$(lab_dump)
-    expect_none 4000 "$X" 27015
-    hide_conntrack
-    mh_hook up ppp0 2>"$LAB_DIR/log"
-    expect_equal "lines about it" 1 "$(grep -c 'conntrack is not installed' "$LAB_DIR/log")"
-    expect_none 4000 "$X" 27015
-    expect_once server 4001 "$X" 27015
-    expect_forward_answered
-    expect_own_service_answered
-    mh_hook down ppp0
-    expect_equal "after down" "$before" "$(lab_dump)"
-}
-
 test_a_flow_of_a_redirected_forward_reaches_the_new_host() {
     lab_listen lanhost udp 27015
     configure_udp 2
     mh_hook up ppp0
     expect_once server 4000 "$X" 27015
-    configure_udp 3
-    hide_conntrack
-    mh_hook up ppp0
-    expect_once server 4000 "$X" 27015
-    show_conntrack
-    configure_udp 2
-    mh_hook up ppp0
     configure_udp 3
     mh_hook up ppp0
     expect_once lanhost 4000 "$X" 27015

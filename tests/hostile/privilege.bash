@@ -52,7 +52,7 @@ test_the_tools_can_do_no_more_than_routing_and_netfilter() {
     # capability.h: NET_ADMIN is bit 12, NET_RAW 13, SYS_MODULE 16.
     [[ $(/usr/sbin/iptables -V) != *legacy* ]] || bits=13000
     mkdir "$LAB_DIR/real" "$LAB_DIR/legacy" "$LAB_DIR/nft"
-    for name in iptables-save iptables-restore ip conntrack; do
+    for name in iptables-save iptables-restore ip; do
         real=$(readlink -f "/usr/sbin/$name")
         # iptables is one program that knows by its name what it is to do.
         cp "$real" "$LAB_DIR/real/$name"
@@ -81,7 +81,6 @@ WRAPPER
         # Without ip there is no ip netns exec.
         unshare --mount "$BASH" -c "
             mount --bind '$LAB_DIR/noting-ip' '$(readlink -f /usr/sbin/ip)'
-            mount --bind '$LAB_DIR/noting-conntrack' '$(readlink -f /usr/sbin/conntrack)'
             nsenter --net=/run/netns/router '$MH_HOOK' -q --config '$LAB_CONFIG' $command" >/dev/null 2>"$LAB_DIR/said" ||
             [[ $command == check ]] || fail "$command with noting tools: $(cat "$LAB_DIR/said")"
     done

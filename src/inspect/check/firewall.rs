@@ -461,9 +461,7 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
 }
 
 /// Reports the chains of nftables that forwarded packets pass, which iptables does not list and check does not read.
-///
-/// # Errors
-/// nft can't be run.
+/// Errors: nft can't be run.
 pub fn nftables(snapshot: &Snapshot) -> Result<Option<Finding>> {
     let listing = snapshot.tools.nft_chains()?.unwrap_or_default();
     let chains = foreign_chains(&listing);

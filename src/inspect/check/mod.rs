@@ -32,7 +32,6 @@ pub struct Check {
 
 /// How much was checked; foreign entries count, too.
 #[derive(Debug, Default, Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Scope {
     pub uplinks: usize,
     pub forwards: usize,
@@ -47,11 +46,8 @@ pub struct Scope {
 pub struct Finding {
     /// Never changes, so that programs can rely on it.
     pub id: &'static str,
-    /// How bad it is.
     pub weight: Weight,
-    /// The uplink that it is about.
     pub uplink: Option<String>,
-    /// One sentence.
     pub what: String,
     /// What fixes it, in order: commands, or lines of a file that is named.
     #[serde(rename = "mend")]
@@ -130,9 +126,7 @@ impl View<'_> {
 }
 
 /// Runs all checks. Where the configuration does not hold, only those that need none.
-///
-/// # Errors
-/// A tool can't be run, or its answer can't be read.
+/// Errors: a tool can't be run, or its answer can't be read.
 pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Check> {
     let root = &snapshot.root;
     let mut findings = Vec::new();

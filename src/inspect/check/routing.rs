@@ -24,9 +24,7 @@ const MAX_TARGETS: usize = 200;
 pub type Targets = BTreeMap<Ipv4Addr, Result<RouteLookup, String>>;
 
 /// Looks up the routes to the forwards' targets.
-///
-/// # Errors
-/// The kernel's answer can't be read.
+/// Errors: the kernel's answer can't be read.
 pub fn targets(view: &View) -> Result<Targets> {
     let forwards = view.serving().flat_map(|(_, uplink)| &uplink.forwards);
     let targets: BTreeSet<Ipv4Addr> = forwards.map(|forward| forward.to).collect();
@@ -69,9 +67,7 @@ fn reaches_lan(view: &View, way: &Result<RouteLookup, String>) -> bool {
 }
 
 /// Checks the routes of requests and replies, and the foreign rules and routes beside ours.
-///
-/// # Errors
-/// The kernel's answer can't be read.
+/// Errors: the kernel's answer can't be read.
 pub fn check(view: &View, targets: &Targets) -> Result<Vec<Finding>> {
     let mut findings = lan_networks(view)?;
     let arp = view.snapshot.root.read("/proc/net/arp");

@@ -24,7 +24,6 @@ const IP_FORWARD: &str = "net/ipv4/ip_forward";
 /// Another name of the same switch: a write to either sets both (Documentation/networking/ip-sysctl.rst).
 const ALL_FORWARDING: &str = "net/ipv4/conf/all/forwarding";
 
-/// A line of a file.
 #[derive(Debug)]
 struct Assignment {
     /// With slashes, as below /proc/sys. May be a pattern with one `*`.

@@ -12,9 +12,7 @@ const IPROUTE2: [u32; 2] = [4, 17];
 const IPTABLES: [u32; 3] = [1, 6, 2];
 
 /// Checks the installed tools.
-///
-/// # Errors
-/// A tool can't be run.
+/// Errors: a tool can't be run.
 pub fn check(snapshot: &Snapshot) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let (ip, iptables) = snapshot.tools.versions()?;

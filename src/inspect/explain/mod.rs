@@ -27,13 +27,11 @@ pub struct Question {
     pub source: Ipv4Addr,
     /// The protocol and destination port.
     pub service: Service,
-    /// The destination.
     pub aim: Aim,
 }
 
 /// A protocol and a destination port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Service {
     pub protocol: Protocol,
     /// None where the protocol has no ports.
@@ -53,9 +51,7 @@ pub enum Aim {
 
 impl Question {
     /// Parses `CLIENT [PROTO/PORT]`, `--to UPLINK|ADDR`, `--from-lan HOST`.
-    ///
-    /// # Errors
-    /// An argument can't be read, or one is missing that the configuration does not tell.
+    /// Errors: an argument can't be read, or one is missing that the configuration does not tell.
     pub fn parse(
         config: &Config,
         words: &[OsString],
@@ -175,7 +171,6 @@ impl Service {
         Ok(Self { protocol, port })
     }
 
-    /// The first port of a forward.
     fn of(forward: &Forward) -> Self {
         let protocol = forward.protocols.first().copied().unwrap_or(Protocol::Tcp);
         let port = forward.ports.map_or(80, |ports| ports.first);
@@ -210,7 +205,6 @@ impl std::fmt::Display for Service {
 pub enum Verdict {
     /// The reply arrives, as far as this router can tell.
     Answered,
-    /// A packet is lost.
     Fails,
     /// That depends on rules of which nobody can tell whether they match.
     Unsure,
@@ -220,9 +214,7 @@ pub enum Verdict {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
-    /// The request.
     There,
-    /// The reply.
     Back,
     /// One more packet each way; reported only if one of them is lost.
     Later,
@@ -231,30 +223,23 @@ pub enum Direction {
 /// One thing that happens to a packet.
 #[derive(Clone, Debug, Serialize)]
 pub struct Hop {
-    /// The packet.
     pub direction: Direction,
     /// The subject: `in`, `mark`, `nat`, `rp_filter`, `rule`, `route`, `filter`, `host`, `out`.
     pub at: &'static str,
-    /// What happens.
     pub what: String,
     /// The iptables rule that makes it happen.
     pub rule: Option<Place>,
 }
 
-/// The report.
 #[derive(Clone, Debug, Serialize)]
 pub struct Explanation {
-    /// The protocol's name.
     pub protocol: String,
-    /// The destination port.
     pub port: Option<u16>,
-    /// The source.
     pub from: Ipv4Addr,
     /// The destination; none where the uplink has no address.
     pub to: Option<Ipv4Addr>,
     /// The uplink that has the destination address.
     pub uplink: Option<String>,
-    /// The outcome.
     pub verdict: Verdict,
     /// The outcome in a sentence, with the reason.
     pub sentence: String,
@@ -268,9 +253,7 @@ pub struct Explanation {
 }
 
 /// Traces the connection.
-///
-/// # Errors
-/// The kernel can't be asked.
+/// Errors: the kernel can't be asked.
 pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Result<Explanation> {
     let comparison = snapshot.compare(config)?;
     let inputs = Inputs {

@@ -34,9 +34,7 @@ pub struct Inputs<'a> {
 
 impl<'a> Inputs<'a> {
     /// Traces the connection, with doubts that are assumed to come true.
-    ///
-    /// # Errors
-    /// The kernel can't be asked.
+    /// Errors: the kernel can't be asked.
     pub fn trace(self, assumed: &[Doubt]) -> Result<Trace<'a>> {
         let mut trace = Trace {
             inputs: self,
@@ -68,7 +66,6 @@ impl<'a> Inputs<'a> {
 /// Where and why a packet is lost.
 #[derive(Debug)]
 pub struct Failure {
-    /// A sentence.
     pub why: String,
     /// Commands, or lines of the configuration, that fix it.
     pub fixes: Vec<String>,
@@ -76,7 +73,6 @@ pub struct Failure {
 
 /// Why a trace ends early.
 pub(super) enum Stop {
-    /// The packet is lost.
     Failure(Failure),
     /// The kernel could not be asked.
     Error(Error),

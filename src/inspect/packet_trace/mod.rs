@@ -25,7 +25,6 @@ use crate::model::forward::PortRange;
 
 /// A hook of netfilter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names are netfilter's")]
 pub enum Hook {
     Prerouting,
     Input,
@@ -35,7 +34,6 @@ pub enum Hook {
 }
 
 impl Hook {
-    /// The built-in chain's name.
     pub fn chain(self) -> &'static str {
         match self {
             Self::Prerouting => "PREROUTING",
@@ -65,9 +63,7 @@ pub struct Place {
     /// The backend that has the rule.
     #[serde(serialize_with = "as_text")]
     pub backend: Backend,
-    /// The table.
     pub table: &'static str,
-    /// The chain.
     #[serde(serialize_with = "as_text")]
     pub chain: Rc<str>,
     /// The rule's number in the chain, from 1; 0 for the chain's policy.
@@ -122,30 +118,24 @@ impl fmt::Display for Place {
 /// A change of a mark.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MarkChange {
-    /// The rule that makes the change.
     pub place: Place,
-    /// What the rule does.
     pub action: MarkAction,
     /// Whether the connection's mark changes; otherwise, the packet's.
     pub of_connection: bool,
     /// The bits that differ before and after.
     pub changed: u32,
-    /// The mark after the change.
     pub mark: u32,
 }
 
 /// Something that may happen and can't be told from the rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Doubt {
-    /// The rule.
     pub place: Place,
-    /// What may happen at the rule.
     pub event: Event,
     /// What that can do to the packet, at most.
     pub effect: Effect,
 }
 
-/// What may happen at a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The rule matches.
@@ -229,7 +219,6 @@ impl Alternatives {
 pub struct Context<'a> {
     /// The rules of both backends: the kernel asks both at each hook.
     pub rulesets: &'a [(Backend, TracedRuleset)],
-    /// The router's interfaces.
     pub links: &'a Links,
     /// Doubts that are assumed to come true.
     pub assumed: Vec<Doubt>,

@@ -16,7 +16,6 @@ pub struct Packet {
     pub oif: Option<String>,
     /// The addresses and ports as they are at this point of the way.
     pub header: Header,
-    /// The packet's mark.
     pub mark: u32,
     /// Which of the connection's packets this is.
     pub position: Position,
@@ -24,7 +23,6 @@ pub struct Packet {
 
 /// A packet's addresses and ports. None where they are not known, or where the protocol has no ports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it")]
 pub struct Header {
     pub source: Option<Ipv4Addr>,
     pub destination: Option<Ipv4Addr>,
@@ -44,9 +42,7 @@ impl Header {
     }
 
     /// The header of a packet whose addresses are known.
-    ///
-    /// # Errors
-    /// An address is not known.
+    /// Errors: an address is not known.
     pub fn tuple(self) -> Result<Tuple> {
         Ok(Tuple {
             source: self.source.context("the packet's source is not known")?,
@@ -61,9 +57,7 @@ impl Header {
 /// A packet's place in its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Position {
-    /// The first packet.
     First,
-    /// A reply.
     Reply,
     /// A packet of the same direction as the first, after a reply.
     Later,
@@ -82,7 +76,6 @@ pub struct Connection {
     pub is_snat: bool,
     /// Whether a rule exempts the connection from tracking.
     pub is_untracked: bool,
-    /// The connection's mark.
     pub mark: u32,
 }
 

@@ -19,11 +19,9 @@ pub type Chains = BTreeMap<String, TracedChain>;
 /// The tables of one backend.
 #[derive(Clone, Debug, Default)]
 pub struct TracedRuleset {
-    /// The chains of each table.
     pub tables: BTreeMap<String, Chains>,
 }
 
-/// A chain.
 #[derive(Clone, Debug)]
 pub struct TracedChain {
     pub name: Rc<str>,
@@ -34,7 +32,6 @@ pub struct TracedChain {
     effect: Effect,
 }
 
-/// A rule.
 #[derive(Clone, Debug)]
 pub struct TracedRule {
     /// The number of packets that matched the rule.
@@ -50,7 +47,6 @@ pub struct TracedRule {
 pub struct Match {
     /// Whether a `!` comes before the option.
     pub is_negated: bool,
-    /// The option and its value.
     pub selector: Selector,
 }
 
@@ -119,7 +115,6 @@ pub enum Target {
     NetMap(Ipv4Network),
     /// Jumps to a user-defined chain (`-j`), or goes there without coming back (`-g`).
     Chain {
-        /// The chain.
         name: String,
         /// Whether it is `-g`.
         is_goto: bool,

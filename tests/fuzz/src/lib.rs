@@ -12,7 +12,6 @@ use mh_hook::inspect::explain::Question;
 use mh_hook::inspect::packet_trace::{
     Connection, Context, Header, Hook, Packet, Position, TracedRuleset,
 };
-use mh_hook::kernel::conntrack::{self, Flow};
 use mh_hook::kernel::iptables_save::Ruleset;
 use mh_hook::kernel::link::Link;
 use mh_hook::kernel::observe::Kernel;
@@ -280,71 +279,6 @@ fn is_literal(command: &str) -> bool {
         }
     }
     !quoted
-}
-
-/// What `conntrack -L` lists: what deletes some of it deletes none of the rest.
-pub fn conntrack(data: &[u8]) {
-    let text = String::from_utf8_lossy(data);
-    let flows = conntrack::parse(&text);
-    let all: Vec<&Flow> = flows.iter().collect();
-    assert!(conntrack::deletions(&flows, &all).len() <= all.len());
-    assert!(conntrack::deletions(&flows, &[]).is_empty());
-    let mut numbers: BTreeMap<&str, u8> = BTreeMap::new();
-    for flow in flows.iter().filter(|flow| flow.protocol != "unknown") {
-        if *numbers.entry(&flow.protocol).or_insert(flow.number) != flow.number {
-            return;
-        }
-    }
-    for start in 0..2 {
-        let (condemned, living): (Vec<_>, Vec<_>) = flows
-            .iter()
-            .enumerate()
-            .partition(|(index, _)| index % 2 == start);
-        let condemned: Vec<&Flow> = condemned.into_iter().map(|(_, flow)| flow).collect();
-        for line in conntrack::deletions(&flows, &condemned) {
-            assert!(
-                line.starts_with("-D -p ") && !line.contains('\n'),
-                "{line:?}"
-            );
-            for (_, flow) in living.iter().filter(|(_, flow)| !condemned.contains(flow)) {
-                // ICMP is told apart by more than the line of a group says, but is never in one.
-                let alike = condemned
-                    .iter()
-                    .any(|other| other.to_string() == flow.to_string());
-                assert!(alike || !deletes(&line, flow), "{line} deletes {flow:?}");
-            }
-        }
-    }
-}
-
-/// Whether conntrack, given these arguments, deletes this flow.
-fn deletes(line: &str, flow: &Flow) -> bool {
-    let words: Vec<&str> = line.split(' ').collect();
-    let full = flow.to_string();
-    let its: Vec<&str> = full.split(' ').collect();
-    let value = |words: &[&str], option: &str| {
-        let index = words.iter().position(|word| *word == option)?;
-        words.get(index + 1).map(|word| (*word).to_owned())
-    };
-    // A protocol has ports or has none, and ICMP its numbers: others are not the kernel's.
-    let has = |words: &[&str], option| words.contains(&option);
-    if ["--dport", "--icmp-type"]
-        .iter()
-        .any(|option| has(&words, option) != has(&its, option))
-    {
-        return false;
-    }
-    let answered = flow.reply.ports.map(|(source, _)| source.to_string());
-    words[1..]
-        .iter()
-        .filter(|word| word.starts_with('-'))
-        .all(|option| {
-            let asked = value(&words, option);
-            match *option {
-                "--reply-port-src" => asked == answered,
-                option => asked == value(&its, option),
-            }
-        })
 }
 
 /// The variables of pppd's that an event is read from, in the order in which an input has them.
