@@ -117,7 +117,7 @@ fn the_parts_of_all_uplinks_and_the_orphans_make_up_the_plan_of_sync() {
             installed: &installed,
             links: &case.kernel.links,
         };
-        let links = Request::Sync.links(config, &seen).expect("the links");
+        let (links, _) = Request::Sync.links(config, &seen).expect("the links");
         let (parts, orphans) = parts(config, &owners, &installed, &links);
         assert_eq!(parts.len(), config.uplinks.len());
         let lines = |steps: &[Step]| -> Vec<String> {

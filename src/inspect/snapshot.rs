@@ -13,9 +13,9 @@ use crate::kernel::observe::{Kernel, has_tables};
 use crate::kernel::root::Root;
 use crate::kernel::routing::Whose;
 use crate::kernel::tools::{Backend, Counters, Tools};
-use crate::model::link::UplinkLinks;
+use crate::model::link::{Troubles, UplinkLinks};
 use crate::model::state::State;
-use crate::reconcile::desired::desired_state;
+use crate::reconcile::desired::{Pins, desired_state};
 use crate::reconcile::diff::{Step, diff};
 use crate::reconcile::ownership::Owners;
 use crate::reconcile::request::{Request, Seen};
@@ -48,6 +48,8 @@ pub struct Comparison {
     pub installed: State,
     /// The uplinks' links, as `sync` finds them.
     pub links: UplinkLinks,
+    /// The uplinks whose links can't be used.
+    pub troubles: Troubles,
     pub desired: State,
 }
 
@@ -99,12 +101,13 @@ impl Snapshot {
             installed: &installed,
             links: &self.kernel.links,
         };
-        let links = Request::Sync.links(config, &seen)?;
-        let desired = desired_state(Some(config), &links, State::default());
+        let (links, troubles) = Request::Sync.links(config, &seen)?;
+        let desired = desired_state(Some(config), &links, Pins::StayClosed, State::default());
         Ok(Comparison {
             owners,
             installed,
             links,
+            troubles,
             desired,
         })
     }

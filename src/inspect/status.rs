@@ -3,9 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
-use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use log::warn;
 use serde::Serialize;
 
@@ -58,6 +57,10 @@ struct UplinkStatus {
     marked: Option<usize>,
     /// Whether nothing is missing, and nothing extra.
     in_step: bool,
+    /// Why the link can't be used.
+    trouble: Option<String>,
+    /// The pinned hosts, where the link is not up: they reach nothing outside.
+    closed: Vec<String>,
     /// The commands that remove extra entries, to be run in this order and before those in `missing`.
     #[serde(rename = "surplus")]
     extra: Vec<String>,
@@ -78,6 +81,8 @@ enum LinkState {
     Up,
     /// Up, without an address.
     NoAddress,
+    /// Up, with an address that can't be an uplink's.
+    Refused,
     /// The interface exists, and is down.
     Down,
     /// There is no such interface.
@@ -111,6 +116,7 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
         owners,
         installed,
         links,
+        troubles,
         ..
     } = snapshot.compare(config)?;
     let (parts, orphans) = parts(config, &owners, &installed, &links);
@@ -119,18 +125,14 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
         let uplink = &config.uplinks[of];
         if name.is_none_or(|name| name == of) {
             let link = links.get(of).and_then(Option::as_ref);
-            let age = link.and_then(|link| {
-                let there = snapshot.kernel.links.get(link.interface.as_str())?;
-                there.age(link.address)
-            });
             uplinks.push(uplink_status(
                 snapshot,
                 of,
                 uplink,
                 link,
-                age,
                 part,
                 owners.interface_of(of, &installed),
+                troubles.get(of),
             ));
         }
     }
@@ -156,9 +158,9 @@ fn uplink_status(
     name: &UplinkName,
     uplink: &Uplink,
     link: Option<&UplinkLink>,
-    age: Option<Duration>,
     part: &Part,
     named: Option<IfName>,
+    trouble: Option<&Error>,
 ) -> UplinkStatus {
     let interface = link
         .map(|link| link.interface.clone())
@@ -172,10 +174,15 @@ fn uplink_status(
         (None, Some(None)) => LinkState::Missing,
         (None, Some(Some(found))) if !found.up => LinkState::Down,
         (None, Some(Some(found))) if found.addresses.is_empty() => LinkState::NoAddress,
+        (None, Some(Some(_))) if trouble.is_some() => LinkState::Refused,
         (None, _) => LinkState::Unknown,
     };
     let mark = uplink.routing.as_ref().map(|routing| routing.mark);
     let address = link.map(|link| link.address);
+    let age = link.and_then(|link| {
+        let there = snapshot.kernel.links.get(link.interface.as_str())?;
+        there.age(link.address)
+    });
     let steps = snapshot.steps(&part.installed, &part.desired);
     let Drift { missing, extra } = Drift::commands(&steps);
     UplinkStatus {
@@ -188,6 +195,11 @@ fn uplink_status(
         mark: mark.map(|mark| mark.value),
         marked: mark.and_then(marked),
         in_step: steps.is_empty(),
+        trouble: trouble.map(|error| format!("{error:#}")),
+        closed: match link {
+            Some(_) => Vec::new(),
+            None => uplink.pin.iter().map(ToString::to_string).collect(),
+        },
         extra,
         missing,
         drift: Drift::entries(&steps),
@@ -285,6 +297,15 @@ impl Report for Status {
         let mut text = self.uplinks_text(style) + &self.forwards_text(style);
         for uplink in &self.uplinks {
             let name = &uplink.name;
+            if let Some(trouble) = &uplink.trouble {
+                text += &format!("\n{}\n", style.paint(Tone::Bad, &format!("# {trouble}")));
+            }
+            if !uplink.closed.is_empty() {
+                let hosts = uplink.closed.join(", ");
+                let line =
+                    format!("# {name} is not up: its pinned hosts reach nothing outside: {hosts}");
+                text += &format!("\n{}\n", style.paint(Tone::Doubtful, &line));
+            }
             for (what, lines) in [("extra", &uplink.extra), ("missing", &uplink.missing)] {
                 commands(&mut text, style, &format!("{name}: {what}"), lines);
             }
@@ -372,6 +393,7 @@ impl UplinkStatus {
             (LinkState::Up, Some(seconds)) => return duration(seconds),
             (LinkState::Up, None) => return cell::<u64>(None),
             (LinkState::NoAddress, _) => "no address",
+            (LinkState::Refused, _) => "refused address",
             (LinkState::Down, _) => "down",
             (LinkState::Missing, _) => "no such link",
             (LinkState::Unknown, _) => "unknown link",
@@ -381,7 +403,10 @@ impl UplinkStatus {
 
     fn state(&self, style: Style) -> String {
         if self.in_step {
-            return style.paint(Tone::Good, "in step");
+            return match self.trouble {
+                Some(_) => style.paint(Tone::Bad, "not usable"),
+                None => style.paint(Tone::Good, "in step"),
+            };
         }
         let text = match (self.drift.missing.len(), self.drift.extra.len()) {
             (0, 0) => "not known".to_owned(),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
-use anyhow::{Result, bail};
+use anyhow::{Error, Result, bail};
 use ipnetwork::Ipv4Network;
 
 use crate::model::names::{IfName, UplinkName};
@@ -30,6 +30,9 @@ pub enum LinkState {
 
 /// The uplinks in question, each with its link; none where the uplink should have no entries.
 pub type UplinkLinks = BTreeMap<UplinkName, Option<UplinkLink>>;
+
+/// Uplinks whose links can't be used, and why.
+pub type Troubles = BTreeMap<UplinkName, Error>;
 
 /// Whether an address can be a link's own: not 0/8, 127/8, nor 224/3 (RFC 6890), nor within a LAN.
 /// Errors: says which of these it is.

@@ -31,7 +31,7 @@ pub fn desired(config: &Config, up: &Up) -> State {
     if let Some(routing) = &up.uplink.routing {
         routes(up, routing, &mut state);
         route_rules(config, up, routing, &mut state);
-        pins(config, up, routing, &mut state);
+        pins(config, up.uplink, routing, &mut state);
         connmark(up, routing, &mut mangle);
         state.src_valid_mark.insert(up.link.interface.clone());
     }
@@ -60,18 +60,47 @@ pub fn desired(config: &Config, up: &Up) -> State {
     state
 }
 
+/// What becomes of pinned hosts while their uplink is down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pins {
+    /// They reach nothing outside.
+    StayClosed,
+    /// They are as free as all others.
+    Go,
+}
+
 /// All of ours that should be there after a call: what it leaves alone, and the entries for the links in question.
 /// Without a configuration entries can only be removed.
-pub fn desired_state(config: Option<&Config>, links: &UplinkLinks, left_alone: State) -> State {
+pub fn desired_state(
+    config: Option<&Config>,
+    links: &UplinkLinks,
+    closed: Pins,
+    left_alone: State,
+) -> State {
     let mut all = left_alone;
     for (name, link) in links {
-        if let Some(config) = config
-            && let (Some(uplink), Some(link)) = (config.uplinks.get(name), link)
-        {
-            all.merge(desired(config, &Up { name, uplink, link }));
+        let Some((config, uplink)) =
+            config.and_then(|config| Some((config, config.uplinks.get(name)?)))
+        else {
+            continue;
+        };
+        match link {
+            Some(link) => all.merge(desired(config, &Up { name, uplink, link })),
+            None if closed == Pins::StayClosed => all.merge(desired_down(config, uplink)),
+            None => {}
         }
     }
     all
+}
+
+/// The entries of an uplink whose link is down: its pinned hosts reach nothing outside.
+pub fn desired_down(config: &Config, uplink: &Uplink) -> State {
+    let mut state = State::default();
+    if let Some(routing) = uplink.routing.as_ref().filter(|_| !uplink.pin.is_empty()) {
+        state.routes.insert(closing_route(routing));
+        pins(config, uplink, routing, &mut state);
+    }
+    state
 }
 
 /// ```text
@@ -82,16 +111,7 @@ pub fn desired_state(config: Option<&Config>, links: &UplinkLinks, left_alone: S
 /// The kernel drops the first when the link goes; the second then keeps replies from leaving by
 /// the default route with an address that the other provider drops as spoofed.
 fn routes(up: &Up, routing: &Routing, state: &mut State) {
-    let closing = Route {
-        table: routing.table,
-        metric: CLOSING_METRIC,
-        kind: RouteKind::UNREACHABLE,
-        destination: Ipv4Network::new(0.into(), 0).expect("a prefix of no bits"),
-        gateway: None,
-        dev: None,
-        protocol: PROTOCOL,
-        rest: Vec::new(),
-    };
+    let closing = closing_route(routing);
     if up.link.state == LinkState::Up {
         state.routes.insert(Route {
             metric: 0,
@@ -101,6 +121,19 @@ fn routes(up: &Up, routing: &Routing, state: &mut State) {
         });
     }
     state.routes.insert(closing);
+}
+
+fn closing_route(routing: &Routing) -> Route {
+    Route {
+        table: routing.table,
+        metric: CLOSING_METRIC,
+        kind: RouteKind::UNREACHABLE,
+        destination: Ipv4Network::new(0.into(), 0).expect("a prefix of no bits"),
+        gateway: None,
+        dev: None,
+        protocol: PROTOCOL,
+        rest: Vec::new(),
+    }
 }
 
 /// ```text
@@ -140,8 +173,8 @@ fn route_rules(config: &Config, up: &Up, routing: &Routing, state: &mut State) {
 ///
 /// Behind the rule by mark: what came to the host by another uplink goes back there. The first lets the host reach the
 /// LAN's other networks.
-fn pins(config: &Config, up: &Up, routing: &Routing, state: &mut State) {
-    for pin in &up.uplink.pin {
+fn pins(config: &Config, uplink: &Uplink, routing: &Routing, state: &mut State) {
+    for pin in &uplink.pin {
         to_lan(config, *pin, state);
         state.rules.insert(RouteRule {
             from: Some(*pin),

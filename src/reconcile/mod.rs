@@ -17,7 +17,7 @@ pub mod stale_flows;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use log::{Level, debug, info, log_enabled, warn};
 
 use crate::config::Config;
@@ -27,7 +27,7 @@ use crate::kernel::link::Link;
 use crate::kernel::observe::Kernel;
 use crate::kernel::routing::{self, Whose};
 use crate::kernel::tools::{Counters, OnError, Tools};
-use crate::model::link::{LinkState, UplinkLink, UplinkLinks};
+use crate::model::link::{LinkState, Troubles, UplinkLink, UplinkLinks};
 use crate::model::names::{IfName, UplinkName};
 use crate::model::netfilter::Table;
 use crate::model::state::State;
@@ -91,6 +91,8 @@ impl Session {
 pub struct Plan {
     /// The links of the uplinks in question.
     pub links: UplinkLinks,
+    /// The uplinks whose links can't be used.
+    pub troubles: Troubles,
     /// Whose entries the request is about.
     pub scope: Scope,
     pub installed: State,
@@ -115,15 +117,16 @@ impl Plan {
             installed: &installed,
             links: &kernel.links,
         };
-        let Some(links) = request.links_in_question(config, &seen)? else {
+        let Some((links, troubles)) = request.links_in_question(config, &seen)? else {
             return Ok(None);
         };
         let scope = scope(request, config, &links, &owners);
         let left_alone = owners.left_alone(&installed, &scope);
-        let desired = desired_state(config, &links, left_alone);
+        let desired = desired_state(config, &links, request.pins_of_down_links(), left_alone);
         let steps = diff(&installed, &desired);
         Ok(Some(Self {
             links,
+            troubles,
             scope,
             installed,
             desired,
@@ -146,7 +149,7 @@ impl Plan {
             links: &links,
         };
         let now = request.links_in_question(config, &seen)?;
-        Ok(now.is_some_and(|now| places(&now) == places(&self.links)))
+        Ok(now.is_some_and(|(now, _)| places(&now) == places(&self.links)))
     }
 }
 
@@ -213,7 +216,8 @@ pub fn reconcile(
         if before.is_none() && stale_flows::leaves_some(steps) {
             before = Some(installed.clone());
         }
-        let on_error = match plan.makes() {
+        // One uplink's entries need each other, but no other uplink's.
+        let on_error = match plan.makes() && *request != Request::Sync {
             true => OnError::Stop,
             false => OnError::GoOn,
         };
@@ -245,6 +249,8 @@ pub fn reconcile(
                 bail!("{}: {error}", describe());
             }
             summary(request, links, &total, started);
+            let troubles: Vec<Error> = plan.troubles.into_values().collect();
+            ensure!(troubles.is_empty(), all(&troubles, None));
             return Ok(());
         }
     }

@@ -7,7 +7,7 @@ use crate::model::link::UplinkLinks;
 use crate::model::names::{IfName, UplinkName};
 use crate::model::route::{Route, RouteRule};
 use crate::model::state::{Entry, State};
-use crate::reconcile::desired::{Up, desired};
+use crate::reconcile::desired::{Up, desired, desired_down};
 use crate::reconcile::ownership::{Claimant, Owner, Owners};
 
 /// One uplink's entries.
@@ -27,10 +27,12 @@ pub fn parts(
     let mut parts = BTreeMap::new();
     for (name, uplink) in &config.uplinks {
         let link = links.get(name).and_then(Option::as_ref);
-        let desired = link.map(|link| desired(config, &Up { name, uplink, link }));
         let part = Part {
             installed: State::default(),
-            desired: desired.unwrap_or_default(),
+            desired: match link {
+                Some(link) => desired(config, &Up { name, uplink, link }),
+                None => desired_down(config, uplink),
+            },
         };
         parts.insert(name.clone(), part);
     }

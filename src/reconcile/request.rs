@@ -9,9 +9,10 @@ use log::debug;
 
 use crate::config::{Config, Uplink};
 use crate::kernel::link::{Link, Links};
-use crate::model::link::{LinkState, UplinkLink, UplinkLinks, check_local};
+use crate::model::link::{LinkState, Troubles, UplinkLink, UplinkLinks, check_local};
 use crate::model::names::{IfName, UplinkName};
 use crate::model::state::State;
+use crate::reconcile::desired::Pins;
 use crate::reconcile::event::{Direction, Event};
 use crate::reconcile::ownership::Owners;
 
@@ -83,6 +84,14 @@ impl Request {
         }
     }
 
+    /// A link that goes leaves its pinned hosts without a way out; a person who says `down` frees them.
+    pub fn pins_of_down_links(&self) -> Pins {
+        match self {
+            Self::Down { .. } => Pins::Go,
+            Self::Up { .. } | Self::Event(_) | Self::Sync => Pins::StayClosed,
+        }
+    }
+
     /// The uplinks that the configuration alone matches with the request.
     /// Errors: one call by pppd matches two uplinks; or an uplink given by hand is not configured, or has another interface.
     pub fn named<'a>(&self, config: &'a Config) -> Result<Vec<&'a UplinkName>> {
@@ -131,7 +140,7 @@ impl Request {
         &self,
         config: Option<&Config>,
         seen: &Seen,
-    ) -> Result<Option<UplinkLinks>> {
+    ) -> Result<Option<(UplinkLinks, Troubles)>> {
         if let Some(config) = config {
             return self.links(config, seen).map(Some);
         }
@@ -145,14 +154,15 @@ impl Request {
             return Ok(None);
         }
         let names = seen.owners.bound_to(interface).into_iter();
-        Ok(Some(names.map(|name| (name, None)).collect()))
+        let links = names.map(|name| (name, None)).collect();
+        Ok(Some((links, Troubles::new())))
     }
 
     /// The present links of the uplinks in question. Uplinks whose installed entries name the interface are in question, too:
     /// it may belong to another uplink now; and by hand, when pppd tells no identity, those entries tell the uplink.
     /// Errors: by hand: the link is down, has no address, or may belong to one of several uplinks. Always: an address is not one that
     /// an uplink can have.
-    pub fn links(&self, config: &Config, seen: &Seen) -> Result<UplinkLinks> {
+    pub fn links(&self, config: &Config, seen: &Seen) -> Result<(UplinkLinks, Troubles)> {
         let mut chosen: BTreeSet<UplinkName> = self.named(config)?.into_iter().cloned().collect();
         let mut names = chosen.clone();
         let mut binds = false;
@@ -180,7 +190,7 @@ impl Request {
                 }
             }
         }
-        let mut links = UplinkLinks::new();
+        let (mut links, mut troubles) = (UplinkLinks::new(), Troubles::new());
         for (name, uplink) in names
             .iter()
             .filter_map(|name| config.uplinks.get_key_value(name))
@@ -194,12 +204,19 @@ impl Request {
             let link = match interface {
                 Some(interface) => self
                     .uplink_link(&interface, uplink, config, seen)
-                    .with_context(|| name.to_string())?,
-                None => None,
+                    .with_context(|| name.to_string()),
+                None => Ok(None),
+            };
+            let link = match link {
+                Err(error) if *self == Self::Sync => {
+                    troubles.insert(name.clone(), error);
+                    None
+                }
+                link => link?,
             };
             links.insert(name.clone(), link);
         }
-        Ok(links)
+        Ok((links, troubles))
     }
 
     /// A warning for a person who may have overlooked something.

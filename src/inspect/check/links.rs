@@ -17,7 +17,8 @@ use crate::reconcile::{not_listed, writes_to};
 pub fn check(view: &View) -> Vec<Finding> {
     let mut findings = lan(view);
     for (name, uplink) in &view.config.uplinks {
-        if view.links().get(name).is_none_or(Option::is_none) {
+        let is_told = view.comparison.troubles.contains_key(name);
+        if view.links().get(name).is_none_or(Option::is_none) && !is_told {
             findings.push(link(view, name, uplink));
         }
     }

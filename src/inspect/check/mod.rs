@@ -165,6 +165,10 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
                     config,
                     comparison,
                 };
+                let troubles = view.comparison.troubles.values();
+                let troubles =
+                    troubles.map(|error| Finding::stops("address", format!("{error:#}")));
+                findings.extend(troubles);
                 findings.extend(links::check(&view));
                 findings.extend(sysctl::per_link(&view));
                 let routes = routing::targets(&view)?;

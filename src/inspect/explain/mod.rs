@@ -255,7 +255,10 @@ pub struct Explanation {
 /// Traces the connection.
 /// Errors: the kernel can't be asked.
 pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Result<Explanation> {
-    let comparison = snapshot.compare(config)?;
+    let mut comparison = snapshot.compare(config)?;
+    if let Some((_, error)) = comparison.troubles.pop_first() {
+        return Err(error);
+    }
     let inputs = Inputs {
         snapshot,
         config,
