@@ -186,10 +186,8 @@ pub fn reconcile(
             ..
         } = &plan;
         let describe = || describe(request, links);
-        if let Some(doubt) = config
-            .and_then(|config| request.doubts(config, links))
-            .filter(|_| round == 0)
-        {
+        let doubt = config.and_then(|config| request.doubts(config, links));
+        if let Some(doubt) = doubt.filter(|_| round == 0) {
             warn!("{doubt}");
         }
         let unlisted = unlisted(config, &kernel.ruleset);
@@ -291,26 +289,21 @@ pub fn writes_to(table: Table, config: Option<&Config>) -> bool {
 
 /// What is wrong with a table that iptables-save does not list, and what helps.
 pub fn not_listed(table: &str) -> (String, String) {
-    (
-        format!(
-            "iptables-save does not list the table {table}, since a rule in it is not one of iptables' own"
-        ),
-        format!(
-            "nft -a list table ip {table}, and delete that rule, or move it to a table of its own"
-        ),
-    )
+    let what = format!(
+        "iptables-save does not list the table {table}, since a rule in it is not one of iptables' own"
+    );
+    let advice = format!(
+        "nft -a list table ip {table}, and delete that rule, or move it to a table of its own"
+    );
+    (what, advice)
 }
 
 /// The interface and address of each uplink in question.
-fn places(links: &UplinkLinks) -> Vec<(&UplinkName, Option<(&IfName, Ipv4Addr)>)> {
+fn places<'a>(links: &'a UplinkLinks) -> Vec<(&'a UplinkName, Option<(&'a IfName, Ipv4Addr)>)> {
+    let place = |link: &'a UplinkLink| (&link.interface, link.address);
+    let links = links.iter();
     links
-        .iter()
-        .map(|(name, link)| {
-            (
-                name,
-                link.as_ref().map(|link| (&link.interface, link.address)),
-            )
-        })
+        .map(|(name, link)| (name, link.as_ref().map(place)))
         .collect()
 }
 
@@ -326,11 +319,8 @@ fn tell_unchanged(desired: &State, steps: &[Step]) {
 /// The connections that are tracked.
 fn tracked(tools: &Tools) -> Result<Vec<Flow>> {
     // With a count of 0 no process is needed (nf_conntrack-sysctl.rst).
-    if Root::system()
-        .sysctl("net/netfilter/nf_conntrack_count")
-        .as_deref()
-        == Some("0")
-    {
+    let count = Root::system().sysctl("net/netfilter/nf_conntrack_count");
+    if count.as_deref() == Some("0") {
         return Ok(Vec::new());
     }
     let Some(listing) = tools.conntrack_list()? else {
@@ -342,7 +332,8 @@ fn tracked(tools: &Tools) -> Result<Vec<Flow>> {
     Ok(conntrack::parse(&listing))
 }
 
-/// Ends the connections that contradict the change, and returns how many.
+/// Deletes the connections that contradict the change from conntrack's table, so that their next packets pass the nat table
+/// and are marked anew. Returns how many.
 fn end_stale(
     tools: &Tools,
     config: Option<&Config>,
@@ -352,7 +343,11 @@ fn end_stale(
 ) -> Result<usize> {
     let flows = tracked(tools)?;
     let stale = stale(config, links, before, desired, &flows);
-    end(tools, &conntrack::deletions(&flows, &stale))?;
+    let deletions = conntrack::deletions(&flows, &stale);
+    if !deletions.is_empty() {
+        tools.conntrack_delete(&(deletions.join("\n") + "\n"))?;
+    }
+    deletions.iter().for_each(|line| info!("conntrack {line}"));
     Ok(stale.len())
 }
 
@@ -366,21 +361,6 @@ fn stale<'a>(
     config
         .map(|config| stale_flows::stale(config, links, installed, desired, flows))
         .unwrap_or_default()
-}
-
-/// Deletes connections from conntrack's table, so that their next packets pass the nat table and are marked anew.
-fn end(tools: &Tools, deletions: &[String]) -> Result<()> {
-    if deletions.is_empty() {
-        return Ok(());
-    }
-    tools.conntrack_delete(
-        &deletions
-            .iter()
-            .map(|line| format!("{line}\n"))
-            .collect::<String>(),
-    )?;
-    deletions.iter().for_each(|line| info!("conntrack {line}"));
-    Ok(())
 }
 
 /// Prints the plan as commands.
@@ -428,33 +408,23 @@ fn all(errors: &[Error], last: Option<Error>) -> Error {
 
 /// `isp0 up on ppp0 203.0.113.10, isp1 down`
 fn describe(request: &Request, links: &UplinkLinks) -> String {
+    if links.is_empty() {
+        return "orphans".into();
+    }
     let each = links
         .iter()
         .map(|(name, link)| match (link, request.interface()) {
-            (
-                Some(UplinkLink {
-                    interface,
-                    address,
-                    state,
-                    ..
-                }),
-                _,
-            ) => {
-                let way = match state {
+            (Some(link), _) => {
+                let way = match link.state {
                     LinkState::Up => "up",
                     LinkState::AboutToBeUp => "about to be up",
                 };
-                format!("{name} {way} on {interface} {address}")
+                format!("{name} {way} on {} {}", link.interface, link.address)
             }
             (None, Some(interface)) => format!("{name} down on {interface}"),
             (None, None) => format!("{name} down"),
         });
-    let text = each.collect::<Vec<_>>().join(", ");
-    if text.is_empty() {
-        "orphans".into()
-    } else {
-        text
-    }
+    each.collect::<Vec<_>>().join(", ")
 }
 
 /// `isp0 up on ppp0 203.0.113.10: 9 added, 0 removed, 6 ms`
