@@ -219,18 +219,13 @@ impl Request {
         match self {
             Self::Up { .. } | Self::Down { .. } => true,
             Self::Sync => false,
-            Self::Event(Event {
-                direction,
-                interface,
-                local,
-                ..
-            }) => match direction {
+            Self::Event(event) => match event.direction {
                 Direction::PreUp => true,
                 Direction::Follow | Direction::Down => false,
                 Direction::Up => {
-                    let link = links.get(interface.as_str());
+                    let link = links.get(event.interface.as_str());
                     let has = |local| link.is_some_and(|link| link.addresses.contains(&local));
-                    local.is_none_or(has) || bound.is_subset(chosen)
+                    event.local.is_none_or(has) || bound.is_subset(chosen)
                 }
             },
         }
@@ -262,11 +257,9 @@ impl Request {
         let Some(link) = link else { return Ok(None) };
         let state = match self {
             _ if link.up => LinkState::Up,
-            Self::Event(Event {
-                direction: Direction::PreUp,
-                interface: about_to_be,
-                ..
-            }) if about_to_be == interface => LinkState::AboutToBeUp,
+            Self::Event(it) if it.direction == Direction::PreUp && it.interface == *interface => {
+                LinkState::AboutToBeUp
+            }
             _ => return Ok(None),
         };
         let Some(address) = self.address(link, uplink, by_hand, seen) else {
