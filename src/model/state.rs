@@ -48,17 +48,22 @@ impl State {
         self.src_valid_mark.extend(src_valid_mark);
     }
 
-    /// Puts in what an uplink has in a table, unless that is nothing.
-    pub fn insert(&mut self, key: (Table, UplinkName), table: UplinkTable) {
-        if !table.is_empty() {
-            self.tables.insert(key, table);
-        }
+    /// Puts in one of an uplink's own chains.
+    pub fn add_chain(&mut self, table: Table, uplink: &UplinkName, chain: &str, rules: Rules) {
+        let own = self.tables.entry((table, uplink.clone())).or_default();
+        own.chains.insert(chain.to_owned(), rules);
+    }
+
+    /// Puts in an uplink's rule in a chain that is not its own.
+    pub fn add_rule(&mut self, table: Table, uplink: &UplinkName, chain: &str, rule: Rule) {
+        let own = self.tables.entry((table, uplink.clone())).or_default();
+        own.entries.push((chain.to_owned(), rule));
     }
 
     /// The entries for which this holds. A chain stays or goes with all its rules.
     pub fn filter(&self, keep: impl Fn(Entry) -> bool) -> Self {
-        let mut kept = self.split(|entry| keep(entry).then_some(()).into_iter().collect());
-        kept.remove(&()).unwrap_or_default()
+        let mut parts = self.split(|entry| vec![keep(entry)]);
+        parts.remove(&true).unwrap_or_default()
     }
 
     /// The entries by the keys that they are given; one with several keys stands with each. A chain goes with all its rules.
@@ -81,26 +86,23 @@ impl State {
             }
         }
         for ((table, uplink), UplinkTable { chains, entries }) in tables {
-            let place = || (*table, uplink.clone());
             for (chain, rules) in chains {
                 for key in keys(Entry::Chain(*table, chain)) {
-                    let own = parts.entry(key).or_default().tables.entry(place());
-                    let chains = &mut own.or_default().chains;
-                    chains.insert(chain.clone(), Rules::clone(rules));
+                    let part = parts.entry(key).or_default();
+                    part.add_chain(*table, uplink, chain, Rules::clone(rules));
                 }
             }
             for (chain, rule) in entries {
                 for key in keys(Entry::Rule(*table, chain, rule)) {
-                    let own = parts.entry(key).or_default().tables.entry(place());
-                    let entries = &mut own.or_default().entries;
-                    entries.push((chain.clone(), rule.clone()));
+                    let part = parts.entry(key).or_default();
+                    part.add_rule(*table, uplink, chain, rule.clone());
                 }
             }
         }
         for interface in src_valid_mark {
             for key in keys(Entry::SrcValidMark(interface)) {
-                let own = &mut parts.entry(key).or_default().src_valid_mark;
-                own.insert(interface.clone());
+                let part = parts.entry(key).or_default();
+                part.src_valid_mark.insert(interface.clone());
             }
         }
         parts

@@ -1,7 +1,5 @@
 //! Runs the steps of a plan with as few processes as possible, and reports which steps were done.
 
-use std::fmt::Write;
-
 use anyhow::{Error, Result, anyhow};
 use log::{Level, info, log};
 
@@ -10,7 +8,7 @@ use crate::kernel::process::{Output, Process};
 use crate::kernel::sysctl;
 use crate::kernel::tools::{OnError, Tools};
 use crate::reconcile::command::value;
-use crate::reconcile::diff::{Change, Edit, Step, entry_flag};
+use crate::reconcile::diff::{Change, Step};
 
 #[derive(Debug, Default)]
 pub struct Outcome {
@@ -94,7 +92,8 @@ fn kind(step: &Step) -> Kind {
 }
 
 fn first_command(step: &Step) -> String {
-    step.commands()
+    let commands = step.commands();
+    commands
         .first()
         .map(|(_, command)| command.to_string())
         .unwrap_or_default()
@@ -116,19 +115,15 @@ fn input(steps: &[Step]) -> impl Iterator<Item = String> {
         let table = steps[0].table();
         let begin = table.map(|table| format!("*{table}\n"));
         let end = table.map(|_| format!("{COMMIT}\n"));
-        let lines = steps.iter().map(|step| match step.table() {
-            Some(_) => restore_lines(step),
-            None => ip_lines(step),
-        });
+        let lines = steps.iter().map(lines);
         begin.into_iter().chain(lines).chain(end)
     })
 }
 
-fn ip_lines(step: &Step) -> String {
+/// The lines that carry out a step, in the input of its tool.
+pub fn lines(step: &Step) -> String {
     let commands = step.commands().into_iter();
-    // A batch line is the command without its first word.
-    let lines = commands.map(|(_, command)| format!("{command}\n").split_off("ip ".len()));
-    lines.collect()
+    commands.filter_map(|(_, command)| command.line()).collect()
 }
 
 /// The last line of each table.
@@ -146,9 +141,8 @@ fn ip_failed(
     for (index, step) in steps.iter().enumerate() {
         if let Some((_, words)) = failures.iter().find(|(line, _)| *line == index + 1) {
             let (command, ending, advice) = (first_command(step), output.ending(), advice(words));
-            outcome
-                .errors
-                .push(anyhow!("{command}: {ending}: {words}{advice}"));
+            let error = anyhow!("{command}: {ending}: {words}{advice}");
+            outcome.errors.push(error);
             if on_error == OnError::Stop {
                 return;
             }
@@ -157,9 +151,8 @@ fn ip_failed(
         }
     }
     if !known {
-        outcome
-            .errors
-            .push(anyhow!("ip -batch: {}", output.failure()));
+        let error = anyhow!("ip -batch: {}", output.failure());
+        outcome.errors.push(error);
     }
 }
 
@@ -172,23 +165,18 @@ fn iptables_failed(tools: &Tools, steps: &[Step], output: &Output, outcome: &mut
     for group in steps.chunk_by(|a, b| a.table() == b.table()).take(done) {
         group.iter().for_each(|step| outcome.done(step, tools));
     }
-    let line = input
-        .lines()
-        .nth(failed.wrapping_sub(1))
-        .filter(|line| *line != COMMIT);
+    let line = input.lines().nth(failed.wrapping_sub(1));
+    let line = line.filter(|line| *line != COMMIT);
     let line = line.map(|line| format!(" at {line:?}")).unwrap_or_default();
-    let advice = advice(&output.stderr);
-    outcome.errors.push(anyhow!(
-        "iptables-restore{line}: {}{advice}",
-        output.failure()
-    ));
+    let (failure, advice) = (output.failure(), advice(&output.stderr));
+    let error = anyhow!("iptables-restore{line}: {failure}{advice}");
+    outcome.errors.push(error);
 }
 
 /// The line number in the error message of either backend: `line 5 failed`, `Error occurred at line: 5`.
 fn failed_line(stderr: &str) -> Option<usize> {
-    let mut words = stderr
-        .split(|c: char| !c.is_ascii_alphanumeric())
-        .filter(|word| !word.is_empty());
+    let words = stderr.split(|c: char| !c.is_ascii_alphanumeric());
+    let mut words = words.filter(|word| !word.is_empty());
     words.find(|word| *word == "line")?;
     words.next()?.parse().ok()
 }
@@ -201,32 +189,12 @@ fn parameters(tools: &Tools, steps: &[Step], outcome: &mut Outcome) {
         let path = sysctl::src_valid_mark(interface.as_str());
         match sysctl::write(&path, value(*change)) {
             Ok(()) => outcome.done(step, tools),
-            Err(error) => outcome
-                .errors
-                .push(anyhow!("{}: {error}", first_command(step))),
+            Err(error) => {
+                let error = anyhow!("{}: {error}", first_command(step));
+                outcome.errors.push(error);
+            }
         }
     }
-}
-
-/// The lines for iptables-restore that carry out a step on a table.
-pub fn restore_lines(step: &Step) -> String {
-    let mut out = String::new();
-    // Writing to a String can't fail.
-    let _ = match step {
-        Step::Entry(change, table, chain, rule) => {
-            writeln!(out, "{} {chain} {rule}", entry_flag(*change, *table))
-        }
-        Step::Chain { chain, .. } => step.edits().into_iter().try_for_each(|edit| match edit {
-            Edit::New => writeln!(out, ":{chain} - [0:0]"),
-            Edit::Flush => writeln!(out, "-F {chain}"),
-            Edit::Delete(rule) => writeln!(out, "-D {chain} {rule}"),
-            Edit::Insert(number, rule) => writeln!(out, "-I {chain} {number} {rule}"),
-            Edit::Append(rule) => writeln!(out, "-A {chain} {rule}"),
-            Edit::Remove => writeln!(out, "-X {chain}"),
-        }),
-        Step::Route(..) | Step::RouteRule(..) | Step::SrcValidMark(..) => Ok(()),
-    };
-    out
 }
 
 /// What to do about the most frequent errors of the tools.

@@ -19,30 +19,58 @@ pub enum Command<'a> {
         /// `iptables`, or the name of the backend that is not in use.
         name: &'static str,
         table: Table,
-        /// The option: `-A`, `-D`, …
-        flag: &'static str,
         chain: &'a str,
-        /// The number in the chain, for `-I`.
-        number: Option<usize>,
-        spec: Option<&'a Rule>,
+        /// What is done with the chain.
+        edit: Edit<'a>,
     },
 }
 
+/// One edit of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Edit<'a> {
+    New,
+    Flush,
+    /// Deletes the first rule with this text.
+    Delete(&'a Rule),
+    /// Inserts a rule, which has this number afterwards, from 1.
+    Insert(usize, &'a Rule),
+    /// Inserts a rule at the head.
+    Prepend(&'a Rule),
+    Append(&'a Rule),
+    Remove,
+}
+
+impl<'a> Edit<'a> {
+    /// Whether it adds or removes.
+    pub fn change(self) -> Change {
+        match self {
+            Self::New | Self::Insert(..) | Self::Prepend(_) | Self::Append(_) => Change::Add,
+            Self::Flush | Self::Delete(_) | Self::Remove => Change::Delete,
+        }
+    }
+
+    /// The option of iptables, what follows the chain's name, and the rule.
+    fn parts(self) -> (&'static str, String, Option<&'a Rule>) {
+        match self {
+            Self::New => ("-N", String::new(), None),
+            Self::Flush => ("-F", String::new(), None),
+            Self::Delete(rule) => ("-D", String::new(), Some(rule)),
+            Self::Insert(number, rule) => ("-I", format!(" {number}"), Some(rule)),
+            Self::Prepend(rule) => ("-I", String::new(), Some(rule)),
+            Self::Append(rule) => ("-A", String::new(), Some(rule)),
+            Self::Remove => ("-X", String::new(), None),
+        }
+    }
+}
+
 impl<'a> Command<'a> {
-    pub fn iptables(
-        table: Table,
-        flag: &'static str,
-        chain: &'a str,
-        number: Option<usize>,
-        spec: Option<&'a Rule>,
-    ) -> Self {
+    pub fn iptables(table: Table, chain: &'a str, edit: Edit<'a>) -> Self {
+        let name = "iptables";
         Self::Iptables {
-            name: "iptables",
+            name,
             table,
-            flag,
             chain,
-            number,
-            spec,
+            edit,
         }
     }
 
@@ -52,6 +80,27 @@ impl<'a> Command<'a> {
             *name = iptables;
         }
         self
+    }
+
+    /// The line in the input of `ip -batch` or iptables-restore. None for what is written to a file.
+    pub fn line(&self) -> Option<String> {
+        match self {
+            // A batch line is the command without its first word.
+            Self::Route(..) | Self::RouteRule(..) => {
+                Some(format!("{self}\n").split_off("ip ".len()))
+            }
+            Self::SrcValidMark(..) => None,
+            Self::Iptables {
+                chain,
+                edit: Edit::New,
+                ..
+            } => Some(format!(":{chain} - [0:0]\n")),
+            Self::Iptables { chain, edit, .. } => {
+                let (flag, number, rule) = edit.parts();
+                let rule = rule.map(|rule| format!(" {rule}")).unwrap_or_default();
+                Some(format!("{flag} {chain}{number}{rule}\n"))
+            }
+        }
     }
 }
 
@@ -67,16 +116,12 @@ impl fmt::Display for Command<'_> {
             Self::Iptables {
                 name,
                 table,
-                flag,
                 chain,
-                number,
-                spec,
+                edit,
             } => {
-                write!(f, "{name} -t {table} {flag} {}", quote(chain))?;
-                if let Some(number) = number {
-                    write!(f, " {number}")?;
-                }
-                let mut words = spec.iter().flat_map(|rule| rule.words());
+                let (flag, number, rule) = edit.parts();
+                write!(f, "{name} -t {table} {flag} {}{number}", quote(chain))?;
+                let mut words = rule.iter().flat_map(|rule| rule.words());
                 words.try_for_each(|word| write!(f, " {}", quote(&word)))
             }
         }

@@ -1,7 +1,6 @@
 //! What the kernel should hold for an uplink that is up: (configuration, link) to [`State`]. Pure; does not look at what
 //! is installed. Each kind of entry is built in one place, below its notation, and has its form in `ownership`.
 
-use std::fmt;
 use std::rc::Rc;
 
 use ipnetwork::Ipv4Network;
@@ -9,7 +8,7 @@ use ipnetwork::Ipv4Network;
 use crate::config::{Config, Routing, Uplink};
 use crate::model::link::{LinkState, UplinkLink, UplinkLinks};
 use crate::model::names::UplinkName;
-use crate::model::netfilter::{Rule, Table, UplinkTable};
+use crate::model::netfilter::{Rule, Table};
 use crate::model::route::{CLOSING_METRIC, FwMark, PROTOCOL, Route, RouteKind, RouteRule, TableId};
 use crate::model::state::State;
 use crate::reconcile::dnat;
@@ -25,37 +24,27 @@ pub struct Up<'a> {
 /// All entries for this uplink. One without a routing table only masquerades and clamps.
 pub fn desired(config: &Config, up: &Up) -> State {
     let mut state = State::default();
-    let mut mangle = UplinkTable::default();
-    let mut nat = UplinkTable::default();
-    let mut filter = UplinkTable::default();
     if let Some(routing) = &up.uplink.routing {
         routes(up, routing, &mut state);
         route_rules(config, up, routing, &mut state);
         pins(config, up.uplink, routing, &mut state);
-        connmark(up, routing, &mut mangle);
+        connmark(up, routing, &mut state);
         state.src_valid_mark.insert(up.link.interface.clone());
     }
     if !up.uplink.forwards.is_empty() {
-        forwards(up, &mut nat);
+        forwards(up, &mut state);
         if up.uplink.hairpin {
-            hairpin(config, up, &mut nat);
+            hairpin(config, up, &mut state);
         }
         if up.uplink.accept_forward {
-            accept_forward(config, up, &mut filter);
+            accept_forward(config, up, &mut state);
         }
     }
     if up.uplink.masquerade {
-        masquerade(config, up, &mut nat);
+        masquerade(config, up, &mut state);
     }
     if up.uplink.clamp_mss {
-        clamp_mss(up, &mut mangle);
-    }
-    for (table, own) in [
-        (Table::Mangle, mangle),
-        (Table::Nat, nat),
-        (Table::Filter, filter),
-    ] {
-        state.insert((table, up.name.clone()), own);
+        clamp_mss(up, &mut state);
     }
     state
 }
@@ -208,49 +197,34 @@ fn to_lan(config: &Config, source: Ipv4Network, state: &mut State) {
 /// server's reply: nobody need list the bridges of containers and the tunnels. What the router itself says towards the
 /// client, an ICMP error or a firewall's reset, has the direction REPLY; what it says to the server (fragmentation
 /// needed, ORIGINAL) stays in the LAN.
-fn connmark(up: &Up, routing: &Routing, mangle: &mut UplinkTable) {
+fn connmark(up: &Up, routing: &Routing, state: &mut State) {
     let FwMark { mask, .. } = routing.mark;
-    let unmarked = Match(FwMark { value: 0, mask });
-    let marked = Match(routing.mark);
+    let unmarked = by_mark(FwMark { value: 0, mask });
+    let marked = by_mark(routing.mark);
     let restore = format!("-j CONNMARK --restore-mark --nfmask {mask:#x} --ctmask {mask:#x}");
-    mangle.entries.push((
-        "PREROUTING".into(),
-        Rule(format!("-i {} -j {}", up.link.interface, up.name.chain())),
-    ));
+    let (interface, mark, own) = (&up.link.interface, routing.mark, up.name.chain());
     let rules = [
-        format!(
-            "-m connmark --mark {unmarked} -j CONNMARK --set-xmark {}",
-            routing.mark
-        ),
-        format!("-m connmark --mark {marked} {restore}"),
+        format!("{unmarked} -j CONNMARK --set-xmark {mark}"),
+        format!("{marked} {restore}"),
     ];
-    let chain = Rc::new(rules.map(Rule).into());
-    mangle.chains.insert(up.name.chain(), chain);
-    for (chain, packets) in [
-        ("PREROUTING", format!("! -i {}", up.link.interface)),
-        ("OUTPUT", "-m conntrack --ctdir REPLY".into()),
+    let rules = Rc::new(rules.map(Rule).into());
+    state.add_chain(Table::Mangle, up.name, &own, rules);
+    let restore = format!("{marked} -m comment --comment {own} {restore}");
+    for (chain, spec) in [
+        ("PREROUTING", format!("-i {interface} -j {own}")),
+        ("PREROUTING", format!("! -i {interface} {restore}")),
+        ("OUTPUT", format!("-m conntrack --ctdir REPLY {restore}")),
     ] {
-        let spec = format!(
-            "{packets} -m connmark --mark {marked} -m comment --comment {} {restore}",
-            up.name.chain()
-        );
-        mangle.entries.push((chain.into(), Rule(spec)));
+        state.add_rule(Table::Mangle, up.name, chain, Rule(spec));
     }
 }
 
-/// A mark as the matches of iptables print it: without a mask where all bits count
+/// The match of a mark, which iptables prints without a mask where all bits count
 /// (`print_mark`, extensions/libxt_connmark.c).
-struct Match(FwMark);
-
-impl fmt::Display for Match {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            FwMark {
-                value,
-                mask: u32::MAX,
-            } => write!(f, "{value:#x}"),
-            mark => mark.fmt(f),
-        }
+fn by_mark(mark: FwMark) -> String {
+    match mark.mask {
+        u32::MAX => format!("-m connmark --mark {:#x}", mark.value),
+        _ => format!("-m connmark --mark {mark}"),
     }
 }
 
@@ -261,14 +235,16 @@ impl fmt::Display for Match {
 ///
 /// Only what is for an address of this router: a network that the provider routes to us, and what a VPN has decrypted, keep
 /// their own ports.
-fn forwards(up: &Up, nat: &mut UplinkTable) {
+fn forwards(up: &Up, state: &mut State) {
     let spec = format!(
         "-i {} -m addrtype --dst-type LOCAL -j {}",
         up.link.interface,
         up.name.chain()
     );
-    nat.entries.push(("PREROUTING".into(), Rule(spec)));
-    nat.chains = dnat::chains(up.name, &up.uplink.forwards);
+    state.add_rule(Table::Nat, up.name, "PREROUTING", Rule(spec));
+    for (chain, rules) in dnat::chains(up.name, &up.uplink.forwards) {
+        state.add_chain(Table::Nat, up.name, &chain, rules);
+    }
 }
 
 /// ```text
@@ -279,19 +255,18 @@ fn forwards(up: &Up, nat: &mut UplinkTable) {
 ///
 /// The last makes the server answer to the router, which turns the reply round again; to a host
 /// of its own LAN it would answer directly, from an address that was never asked.
-fn hairpin(config: &Config, up: &Up, nat: &mut UplinkTable) {
+fn hairpin(config: &Config, up: &Up, state: &mut State) {
     let (address, chain) = (up.link.address, up.name.chain());
-    let spec = format!("-d {address}/32 -j {chain}");
-    nat.entries.push(("OUTPUT".into(), Rule(spec)));
+    let mut add = |at, spec| state.add_rule(Table::Nat, up.name, at, Rule(spec));
+    add("OUTPUT", format!("-d {address}/32 -j {chain}"));
     for lan in &config.lan.interfaces {
-        let spec = format!("-d {address}/32 -i {lan} -j {chain}");
-        nat.entries.push(("PREROUTING".into(), Rule(spec)));
+        add("PREROUTING", format!("-d {address}/32 -i {lan} -j {chain}"));
         for network in &config.lan.networks {
             let spec = format!(
                 "-s {network} -o {lan} -m conntrack --ctstate DNAT --ctorigdst {address} \
                  -m comment --comment {chain} -j MASQUERADE"
             );
-            nat.entries.push(("POSTROUTING".into(), Rule(spec)));
+            add("POSTROUTING", spec);
         }
     }
 }
@@ -303,13 +278,13 @@ fn hairpin(config: &Config, up: &Up, nat: &mut UplinkTable) {
 /// ```
 ///
 /// The last is for a hairpin, whose packets come from the LAN in both directions.
-fn accept_forward(config: &Config, up: &Up, filter: &mut UplinkTable) {
+fn accept_forward(config: &Config, up: &Up, state: &mut State) {
     let UplinkLink {
         interface, address, ..
     } = up.link;
     let mut accept = |which: String| {
         let spec = format!("{which} -m comment --comment {} -j ACCEPT", up.name.chain());
-        filter.entries.push(("FORWARD".into(), Rule(spec)));
+        state.add_rule(Table::Filter, up.name, "FORWARD", Rule(spec));
     };
     accept(format!("-i {interface} -m conntrack --ctstate DNAT"));
     accept(format!("-o {interface} -m conntrack --ctstate DNAT"));
@@ -329,34 +304,30 @@ fn accept_forward(config: &Config, up: &Up, filter: &mut UplinkTable) {
 /// MTU can't be asked for: the target looks up the way back without the mark, and finds the default
 /// route (`tcpmss_reverse_mtu`, net/netfilter/xt_TCPMSS.c); so the link's own MTU, less 20 bytes of IP
 /// and 20 of TCP, is named. It never raises a segment's size (`tcpmss_mangle_packet` there).
-fn clamp_mss(up: &Up, mangle: &mut UplinkTable) {
+fn clamp_mss(up: &Up, state: &mut State) {
     let mut clamp = |way: &str, target: &str| {
         let spec = format!(
             "{way} {} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {} -j TCPMSS {target}",
             up.link.interface,
             up.name.chain()
         );
-        mangle.entries.push(("FORWARD".into(), Rule(spec)));
+        state.add_rule(Table::Mangle, up.name, "FORWARD", Rule(spec));
     };
-    if let Some(size) = up
-        .link
-        .mtu
-        .and_then(|mtu| mtu.checked_sub(40))
-        .filter(|size| (1..=0xffff).contains(size))
-    {
+    let size = up.link.mtu.and_then(|mtu| mtu.checked_sub(40));
+    if let Some(size) = size.filter(|size| (1..=0xffff).contains(size)) {
         clamp("-i", &format!("--set-mss {size}"));
     }
     clamp("-o", "--clamp-mss-to-pmtu");
 }
 
 /// `-A POSTROUTING -s 192.168.0.0/24 -o ppp0 -m comment --comment mh-isp0 -j MASQUERADE`
-fn masquerade(config: &Config, up: &Up, nat: &mut UplinkTable) {
+fn masquerade(config: &Config, up: &Up, state: &mut State) {
     for network in &config.lan.networks {
         let spec = format!(
             "-s {network} -o {} -m comment --comment {} -j MASQUERADE",
             up.link.interface,
             up.name.chain()
         );
-        nat.entries.push(("POSTROUTING".into(), Rule(spec)));
+        state.add_rule(Table::Nat, up.name, "POSTROUTING", Rule(spec));
     }
 }

@@ -1,12 +1,13 @@
 //! The ordered steps from the installed entries to the desired ones, as a comparison of two [`State`]s. Runs nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::iter;
 
-use crate::model::names::{IfName, UplinkName};
+use crate::model::names::IfName;
 use crate::model::netfilter::{Rule, Rules, Table, UplinkTable};
 use crate::model::route::{Route, RouteRule};
 use crate::model::state::State;
-use crate::reconcile::command::Command;
+use crate::reconcile::command::{Command, Edit};
 
 /// Whether a step adds or removes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,12 +60,7 @@ impl Step {
     /// The commands of this step, to be pasted into a shell. Those that delete come first.
     pub fn commands(&self) -> Vec<(Change, Command<'_>)> {
         match self {
-            Self::Chain { .. } => self.by_edits(self.edits()),
-            Self::Entry(change, table, chain, spec) => {
-                let flag = entry_flag(*change, *table);
-                let command = Command::iptables(*table, flag, chain, None, Some(spec));
-                vec![(*change, command)]
-            }
+            Self::Chain { .. } | Self::Entry(..) => self.by_edits(self.edits()),
             Self::Route(change, route) => vec![(*change, Command::Route(*change, route))],
             Self::RouteRule(change, rule) => vec![(*change, Command::RouteRule(*change, rule))],
             Self::SrcValidMark(change, interface) => {
@@ -89,38 +85,32 @@ impl Step {
     }
 
     fn by_edits<'a>(&'a self, edits: Vec<Edit<'a>>) -> Vec<(Change, Command<'a>)> {
-        let Self::Chain { table, chain, .. } = self else {
+        let (Self::Chain { table, chain, .. } | Self::Entry(_, table, chain, _)) = self else {
             return Vec::new();
         };
-        let command = |edit: Edit<'a>| (edit.change(), edit.command(*table, chain));
+        let command = |edit: Edit<'a>| (edit.change(), Command::iptables(*table, chain, edit));
         edits.into_iter().map(command).collect()
     }
 
-    /// The edits of an uplink's chain; empty for other steps. A few rules are edited one by one, so that unchanged rules
-    /// keep their counters. For more, the chain is written anew: to delete a rule the tools search the whole chain.
-    pub fn edits(&self) -> Vec<Edit<'_>> {
-        let Self::Chain { before, after, .. } = self else {
-            return Vec::new();
+    /// The edits of a chain; empty for other steps. A few rules of an uplink's own chain are edited one by one, so that
+    /// unchanged rules keep their counters. For more, the chain is written anew: to delete a rule the tools search the whole
+    /// chain.
+    fn edits(&self) -> Vec<Edit<'_>> {
+        let (before, after) = match self {
+            Self::Chain { before, after, .. } => (before, after),
+            Self::Entry(change, table, _, rule) => return vec![entry_edit(*change, *table, rule)],
+            Self::Route(..) | Self::RouteRule(..) | Self::SrcValidMark(..) => return Vec::new(),
         };
-        let Some(new) = after else {
-            let is_empty = rules(before).is_empty();
-            let flush = (!is_empty).then_some(Edit::Flush);
-            return flush.into_iter().chain([Edit::Remove]).collect();
-        };
-        let Some(old) = before else {
-            return [Edit::New]
-                .into_iter()
-                .chain(new.iter().map(Edit::Append))
-                .collect();
-        };
-        amend(old, new)
-            .filter(|edits| edits.len() <= MAX_EDITS)
-            .unwrap_or_else(|| {
-                [Edit::Flush]
-                    .into_iter()
-                    .chain(new.iter().map(Edit::Append))
-                    .collect()
-            })
+        let (old, new) = (rules(before), rules(after));
+        let anew = |first| iter::once(first).chain(new.iter().map(Edit::Append));
+        match (before, after) {
+            (_, None) if old.is_empty() => vec![Edit::Remove],
+            (_, None) => vec![Edit::Flush, Edit::Remove],
+            (None, Some(_)) => anew(Edit::New).collect(),
+            (Some(_), Some(_)) => amend(old, new)
+                .filter(|edits| edits.len() <= MAX_EDITS)
+                .unwrap_or_else(|| anew(Edit::Flush).collect()),
+        }
     }
 }
 
@@ -132,40 +122,6 @@ fn rules(chain: &Option<Rules>) -> &[Rule] {
 /// How many rules of a chain are edited one by one, at most.
 const MAX_EDITS: usize = 32;
 
-/// One edit of a chain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Edit<'a> {
-    New,
-    Flush,
-    /// Deletes the first rule with this text.
-    Delete(&'a Rule),
-    /// Inserts a rule, which has this number afterwards, from 1.
-    Insert(usize, &'a Rule),
-    Append(&'a Rule),
-    Remove,
-}
-
-impl<'a> Edit<'a> {
-    fn change(self) -> Change {
-        match self {
-            Self::New | Self::Insert(..) | Self::Append(_) => Change::Add,
-            Self::Flush | Self::Delete(_) | Self::Remove => Change::Delete,
-        }
-    }
-
-    fn command(self, table: Table, chain: &'a str) -> Command<'a> {
-        let (flag, number, spec) = match self {
-            Self::New => ("-N", None, None),
-            Self::Flush => ("-F", None, None),
-            Self::Delete(spec) => ("-D", None, Some(spec)),
-            Self::Insert(number, spec) => ("-I", Some(number), Some(spec)),
-            Self::Append(spec) => ("-A", None, Some(spec)),
-            Self::Remove => ("-X", None, None),
-        };
-        Command::iptables(table, flag, chain, number, spec)
-    }
-}
-
 /// The edits that make `before` into `after`. None if the unchanged rules are not in the desired order, or if a rule to be
 /// deleted has a comment of several lines: iptables-restore takes each line for a rule.
 fn amend<'a>(before: &'a [Rule], after: &'a [Rule]) -> Option<Vec<Edit<'a>>> {
@@ -174,17 +130,7 @@ fn amend<'a>(before: &'a [Rule], after: &'a [Rule]) -> Option<Vec<Edit<'a>>> {
         return None;
     }
     // Of equal rules, iptables deletes the first.
-    let mut count: BTreeMap<&Rule, usize> = BTreeMap::new();
-    gone.iter()
-        .for_each(|spec| *count.entry(*spec).or_default() += 1);
-    let stays = |spec: &&Rule| match count.get_mut(*spec) {
-        Some(left) if *left > 0 => {
-            *left -= 1;
-            false
-        }
-        _ => true,
-    };
-    let mut kept = before.iter().filter(stays).peekable();
+    let mut kept = minus(before, gone.iter().copied()).into_iter().peekable();
     let mut edits: Vec<Edit> = gone.into_iter().map(Edit::Delete).collect();
     for (index, spec) in after.iter().enumerate() {
         if kept.next_if_eq(&spec).is_none() {
@@ -197,13 +143,13 @@ fn amend<'a>(before: &'a [Rule], after: &'a [Rule]) -> Option<Vec<Edit<'a>>> {
     kept.next().is_none().then_some(edits)
 }
 
-/// The option of iptables that adds or deletes a rule in a chain that is not ours. In the filter table a rule is inserted at
-/// the head: after a rule that drops, one that accepts has no effect.
-pub fn entry_flag(change: Change, table: Table) -> &'static str {
+/// The edit that adds or deletes a rule in a chain that is not ours. In the filter table a rule is inserted at the head:
+/// after a rule that drops, one that accepts has no effect.
+fn entry_edit(change: Change, table: Table, rule: &Rule) -> Edit<'_> {
     match (change, table) {
-        (Change::Delete, _) => "-D",
-        (_, Table::Filter) => "-I",
-        (_, Table::Mangle | Table::Nat) => "-A",
+        (Change::Delete, _) => Edit::Delete(rule),
+        (_, Table::Filter) => Edit::Prepend(rule),
+        (_, Table::Mangle | Table::Nat) => Edit::Append(rule),
     }
 }
 
@@ -221,10 +167,8 @@ pub fn diff(installed: &State, desired: &State) -> Vec<Step> {
     let mut routing = Vec::new();
     let new_routes: Vec<&Route> = desired.routes.difference(routes).collect();
     let old_routes: Vec<&Route> = routes.difference(&desired.routes).collect();
-    let has_key_of = |routes: &[&Route], route: &Route| {
-        let mut keys = routes.iter().map(|route| route.key());
-        keys.any(|key| key == route.key())
-    };
+    let has_key_of =
+        |routes: &[&Route], route: &Route| routes.iter().any(|it| it.key() == route.key());
     // The closing route is added before the others.
     for route in new_routes.iter().rev() {
         let change = match has_key_of(&old_routes, route) {
@@ -240,9 +184,11 @@ pub fn diff(installed: &State, desired: &State) -> Vec<Step> {
     for rule in rules.difference(&desired.rules) {
         routing.push(Step::RouteRule(Change::Delete, rule.clone()));
     }
-    let removed = old_routes.iter();
-    let removed = removed.filter(|route| !has_key_of(&new_routes, route));
-    routing.extend(removed.map(|route| Step::Route(Change::Delete, (*route).clone())));
+    for route in old_routes {
+        if !has_key_of(&new_routes, route) {
+            routing.push(Step::Route(Change::Delete, route.clone()));
+        }
+    }
     // The uplink's chains tell whose the parameter is: set it after they are added, reset it before they are removed.
     let set = desired.src_valid_mark.difference(src_valid_mark);
     let set = set.map(|interface| Step::SrcValidMark(Change::Add, interface.clone()));
@@ -260,21 +206,14 @@ fn netfilter(installed: &State, desired: &State) -> Vec<Step> {
     let mut steps = Vec::new();
     let nothing = UplinkTable::default();
     for table in Table::ALL {
-        let keys = installed
-            .tables
-            .keys()
-            .chain(desired.tables.keys())
-            .filter(|(of, _)| *of == table);
-        let mut uplinks: Vec<&UplinkName> = keys.map(|(_, uplink)| uplink).collect();
-        uplinks.sort();
-        uplinks.dedup();
+        let keys = installed.tables.keys().chain(desired.tables.keys());
+        let keys: BTreeSet<_> = keys.filter(|(of, _)| *of == table).collect();
         // A chain must exist before a rule jumps to it, and can be deleted only when no rule jumps to it. Sorted by name, an
         // uplink's chain comes before its subchains.
         let (mut chains, mut entries, mut gone) = (Vec::new(), Vec::new(), Vec::new());
-        for uplink in uplinks {
-            let key = (table, uplink.clone());
-            let before = installed.tables.get(&key).unwrap_or(&nothing);
-            let after = desired.tables.get(&key).unwrap_or(&nothing);
+        for key in keys {
+            let before = installed.tables.get(key).unwrap_or(&nothing);
+            let after = desired.tables.get(key).unwrap_or(&nothing);
             let (extra, missing) = differ(&before.entries, &after.entries);
             let entry = |change: Change| {
                 move |(chain, spec): &(String, Rule)| {
@@ -301,22 +240,23 @@ fn netfilter(installed: &State, desired: &State) -> Vec<Step> {
     steps
 }
 
-/// The items only in `before`, and those only in `after`. Duplicates count one by one.
+/// The items only in `before`, and those only in `after`. Duplicates count one by one; the last ones are extra or missing.
 fn differ<'a, T: Ord>(before: &'a [T], after: &'a [T]) -> (Vec<&'a T>, Vec<&'a T>) {
+    (minus(before, after), minus(after, before))
+}
+
+/// The items less those of `others`. Of duplicates, the first ones are left out.
+fn minus<'a, T: Ord>(items: &'a [T], others: impl IntoIterator<Item = &'a T>) -> Vec<&'a T> {
     let mut count: BTreeMap<&T, usize> = BTreeMap::new();
-    for item in after {
+    for item in others {
         *count.entry(item).or_default() += 1;
     }
-    let mut spend = |item: &&'a T| match count.get_mut(item) {
+    let is_left = |item: &&'a T| match count.get_mut(item) {
         Some(left) if *left > 0 => {
             *left -= 1;
             false
         }
         _ => true,
     };
-    let extra = before.iter().filter(&mut spend).collect();
-    // Counts that are left over are missing items. Of duplicates the last ones are missing: they would be appended.
-    let mut missing: Vec<&T> = after.iter().rev().filter(|item| !spend(item)).collect();
-    missing.reverse();
-    (extra, missing)
+    items.iter().filter(is_left).collect()
 }

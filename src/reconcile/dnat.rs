@@ -29,27 +29,29 @@ type Block = (Protocol, u16);
 
 /// The uplink's own chain and those below it, by their names.
 pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> BTreeMap<String, Rules> {
-    let are_few = forwards.iter().map(cases).sum::<usize>() <= FEW;
+    let rules = forwards.iter().flat_map(|forward| {
+        rules(forward).map(move |(protocol, rule)| (protocol, block(protocol, forward), rule))
+    });
+    let rules: Vec<_> = rules.collect();
+    let are_few = rules.len() <= FEW;
     let mut lines: Vec<(Option<Block>, Vec<Rule>)> = Vec::new();
     // The line of each block. None once a rule outside of blocks may match the block's packets, too: the block's later rules
     // must stay after it, since of two rules that match the first one decides.
     let mut blocks: BTreeMap<Block, Option<usize>> = BTreeMap::new();
-    for forward in forwards {
-        for (protocol, rule) in rules(forward) {
-            let block = block(protocol, forward).filter(|_| !are_few);
-            let place = block.map(|block| *blocks.entry(block).or_insert(Some(lines.len())));
-            match place {
-                Some(Some(index)) if index < lines.len() => lines[index].1.push(rule),
-                Some(Some(_)) => lines.push((block, vec![rule])),
-                Some(None) => lines.push((None, vec![rule])),
-                None => {
-                    for ((of, _), place) in &mut blocks {
-                        if protocol.is_none_or(|protocol| protocol == *of) {
-                            *place = None;
-                        }
+    for (protocol, block, rule) in rules {
+        let block = block.filter(|_| !are_few);
+        let place = block.map(|block| *blocks.entry(block).or_insert(Some(lines.len())));
+        match place {
+            Some(Some(index)) if index < lines.len() => lines[index].1.push(rule),
+            Some(Some(_)) => lines.push((block, vec![rule])),
+            Some(None) => lines.push((None, vec![rule])),
+            None => {
+                for ((of, _), place) in &mut blocks {
+                    if protocol.is_none_or(|protocol| protocol == *of) {
+                        *place = None;
                     }
-                    lines.push((None, vec![rule]));
                 }
+                lines.push((None, vec![rule]));
             }
         }
     }
@@ -67,11 +69,6 @@ pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> BTreeMap<String, Rul
     }
     chains.insert(uplink.chain(), Rc::new(own));
     chains
-}
-
-/// How many rules a forward has: one for each source and protocol.
-fn cases(forward: &Forward) -> usize {
-    forward.from.len().max(1) * forward.protocols.len().max(1)
 }
 
 /// The block that has all ports of a forward. With SCTP's name, of which nobody has many, the longest
@@ -118,20 +115,16 @@ fn rule(source: Option<&Ipv4Network>, protocol: Option<&Protocol>, forward: &For
     if let Some(source) = source {
         let _ = write!(spec, "-s {source} ");
     }
-    match (protocol, forward.ports) {
-        (None, _) => {}
+    let _ = match (protocol, forward.ports) {
+        (None, _) => Ok(()),
         // iptables knows its name from /etc/protocols only, which need not be there.
-        (Some(Protocol::Gre), _) => {
-            let _ = write!(spec, "-p {} ", Protocol::Gre.number());
-        }
-        (Some(protocol), None) => {
-            let _ = write!(spec, "-p {protocol} ");
-        }
+        (Some(Protocol::Gre), _) => write!(spec, "-p {} ", Protocol::Gre.number()),
+        (Some(protocol), None) => write!(spec, "-p {protocol} "),
         (Some(protocol), Some(ports)) => {
             let ports = ports.by_colon();
-            let _ = write!(spec, "-p {protocol} -m {protocol} --dport {ports} ");
+            write!(spec, "-p {protocol} -m {protocol} --dport {ports} ")
         }
-    }
+    };
     let _ = write!(spec, "-j DNAT --to-destination {}", forward.to);
     if let Some(port) = forward.to_port {
         let _ = write!(spec, ":{port}");
@@ -156,20 +149,15 @@ pub fn parse(rule: &Rule) -> Option<Forward> {
         }
         None => None,
     };
-    let from = match rule.value("-s") {
-        Some(source) => vec![source.parse().ok()?],
-        None => Vec::new(),
-    };
-    let protocols = match rule.value("-p") {
-        Some(text) => vec![Protocol::parse_rule(text)?],
-        None => Vec::new(),
-    };
+    let from = rule.value("-s").into_iter();
+    let from: Option<Vec<Ipv4Network>> = from.map(|source| source.parse().ok()).collect();
+    let protocols = rule.value("-p").into_iter().map(Protocol::parse_rule);
     Some(Forward {
-        protocols: protocols.into(),
+        protocols: protocols.collect::<Option<_>>()?,
         ports,
         to: to.parse().ok()?,
         to_port,
-        from,
+        from: from?,
     })
 }
 

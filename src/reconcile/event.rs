@@ -35,15 +35,12 @@ impl fmt::Display for Direction {
 }
 
 impl Direction {
+    const ALL: [Self; 4] = [Self::PreUp, Self::Follow, Self::Up, Self::Down];
+
     /// The direction that an argument names.
     pub fn parse(text: &OsStr) -> Option<Self> {
-        match text.to_str()? {
-            "pre-up" => Some(Self::PreUp),
-            "follow" => Some(Self::Follow),
-            "up" => Some(Self::Up),
-            "down" => Some(Self::Down),
-            _ => None,
-        }
+        let mut all = Self::ALL.into_iter();
+        all.find(|direction| text == direction.to_string().as_str())
     }
 
     /// The direction that the folder of the called program names: the program may stand, or be
@@ -78,7 +75,8 @@ impl Event {
     /// Errors: there is no interface name, or not a valid one; or, when the link comes up, the address is not valid. When the link
     /// goes down, the address is ignored: it must not prevent the removal.
     pub fn from_pppd(direction: Direction, args: &[OsString]) -> Result<Self> {
-        let interface = match args.first().filter(|arg| !arg.is_empty()) {
+        let arg = |index: usize| args.get(index).filter(|arg| !arg.is_empty());
+        let interface = match arg(0) {
             Some(arg) => IfName::parse(&arg.to_string_lossy())?,
             None => interface_from_environment()?,
         };
@@ -87,18 +85,13 @@ impl Event {
             Direction::PreUp | Direction::Follow | Direction::Up => match local_from_environment()?
             {
                 Some(local) => Some(local),
-                None => args
-                    .get(3)
-                    .filter(|arg| !arg.is_empty())
-                    .map(|arg| address(arg))
-                    .transpose()?,
+                None => arg(3).map(|arg| address(arg)).transpose()?,
             },
         };
         // Debian's ip-up repeats the sixth argument as PPP_IPPARAM, and hands it on only where the
         // hook is run with all of them.
-        let ipparam = args.get(5).filter(|arg| !arg.is_empty()).cloned();
-        let text =
-            |value: Option<OsString>| value.map(|value| value.to_string_lossy().into_owned());
+        let ipparam = arg(5).cloned();
+        let text = |value: Option<OsString>| Some(value?.to_string_lossy().into_owned());
         let identity = Identity {
             interface: Some(interface.clone()),
             ipparam: text(ipparam.or_else(|| variable("PPP_IPPARAM"))),

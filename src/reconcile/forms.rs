@@ -5,87 +5,34 @@ use crate::model::netfilter::{Rule, Rules, Table};
 
 /// The forms of our rules in chains that are not ours, as iptables-save prints them: `*` is any word, `{interface}` the
 /// uplink's, `{chain}` the name of the uplink's chain.
-const FORMS: [(Table, &str, &str); 15] = [
-    (Table::Mangle, "PREROUTING", "-i {interface} -j {chain}"),
-    (
-        Table::Mangle,
-        "PREROUTING",
-        "! -i {interface} -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
-    ),
+const FORMS: [&str; 15] = [
+    "-t mangle -A PREROUTING -i {interface} -j {chain}",
+    "-t mangle -A PREROUTING ! -i {interface} -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
     // Written by version 0.1.0, for each of the LAN's interfaces.
-    (
-        Table::Mangle,
-        "PREROUTING",
-        "-i * -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
-    ),
-    (
-        Table::Mangle,
-        "OUTPUT",
-        "-m conntrack --ctdir REPLY -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
-    ),
-    (
-        Table::Mangle,
-        "FORWARD",
-        "-i {interface} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {chain} -j TCPMSS --set-mss *",
-    ),
-    (
-        Table::Mangle,
-        "FORWARD",
-        "-o {interface} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {chain} -j TCPMSS --clamp-mss-to-pmtu",
-    ),
-    (
-        Table::Nat,
-        "PREROUTING",
-        "-i {interface} -m addrtype --dst-type LOCAL -j {chain}",
-    ),
+    "-t mangle -A PREROUTING -i * -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
+    "-t mangle -A OUTPUT -m conntrack --ctdir REPLY -m connmark --mark * -m comment --comment {chain} -j CONNMARK --restore-mark --nfmask * --ctmask *",
+    "-t mangle -A FORWARD -i {interface} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {chain} -j TCPMSS --set-mss *",
+    "-t mangle -A FORWARD -o {interface} -p tcp -m tcp --tcp-flags SYN,RST SYN -m comment --comment {chain} -j TCPMSS --clamp-mss-to-pmtu",
+    "-t nat -A PREROUTING -i {interface} -m addrtype --dst-type LOCAL -j {chain}",
     // Written by version 0.1.0.
-    (Table::Nat, "PREROUTING", "-i {interface} -j {chain}"),
-    (Table::Nat, "PREROUTING", "-d * -i * -j {chain}"),
-    (Table::Nat, "OUTPUT", "-d * -j {chain}"),
-    (
-        Table::Nat,
-        "POSTROUTING",
-        "-s * -o {interface} -m comment --comment {chain} -j MASQUERADE",
-    ),
-    (
-        Table::Nat,
-        "POSTROUTING",
-        "-s * -o * -m conntrack --ctstate DNAT --ctorigdst * -m comment --comment {chain} -j MASQUERADE",
-    ),
-    (
-        Table::Filter,
-        "FORWARD",
-        "-i {interface} -m conntrack --ctstate DNAT -m comment --comment {chain} -j ACCEPT",
-    ),
-    (
-        Table::Filter,
-        "FORWARD",
-        "-o {interface} -m conntrack --ctstate DNAT -m comment --comment {chain} -j ACCEPT",
-    ),
-    (
-        Table::Filter,
-        "FORWARD",
-        "-i * -m conntrack --ctstate DNAT --ctorigdst * -m comment --comment {chain} -j ACCEPT",
-    ),
+    "-t nat -A PREROUTING -i {interface} -j {chain}",
+    "-t nat -A PREROUTING -d * -i * -j {chain}",
+    "-t nat -A OUTPUT -d * -j {chain}",
+    "-t nat -A POSTROUTING -s * -o {interface} -m comment --comment {chain} -j MASQUERADE",
+    "-t nat -A POSTROUTING -s * -o * -m conntrack --ctstate DNAT --ctorigdst * -m comment --comment {chain} -j MASQUERADE",
+    "-t filter -A FORWARD -i {interface} -m conntrack --ctstate DNAT -m comment --comment {chain} -j ACCEPT",
+    "-t filter -A FORWARD -o {interface} -m conntrack --ctstate DNAT -m comment --comment {chain} -j ACCEPT",
+    "-t filter -A FORWARD -i * -m conntrack --ctstate DNAT --ctorigdst * -m comment --comment {chain} -j ACCEPT",
 ];
 
 /// The forms of the rules in an uplink's own chains; what stands in brackets may be left out.
-const CHAIN_FORMS: [(Table, &str); 5] = [
-    (
-        Table::Mangle,
-        "-m connmark --mark * -j CONNMARK --set-xmark *",
-    ),
-    (
-        Table::Mangle,
-        "-m connmark --mark * -j CONNMARK --restore-mark --nfmask * --ctmask *",
-    ),
+const CHAIN_FORMS: [&str; 5] = [
+    "-t mangle -m connmark --mark * -j CONNMARK --set-xmark *",
+    "-t mangle -m connmark --mark * -j CONNMARK --restore-mark --nfmask * --ctmask *",
     // Written by version 0.1.0: `mh-isp0 rp_filter was 1`.
-    (Table::Mangle, "-m comment --comment *"),
-    (
-        Table::Nat,
-        "[-s *] [-p *] [-m * --dport *] -j DNAT --to-destination *",
-    ),
-    (Table::Nat, "-p * -m * --dport * -j {chain}"),
+    "-t mangle -m comment --comment *",
+    "-t nat [-s *] [-p *] [-m * --dport *] -j DNAT --to-destination *",
+    "-t nat -p * -m * --dport * -j {chain}",
 ];
 
 /// What a rule of a form that we write names.
@@ -102,10 +49,9 @@ pub fn form(table: Table, chain: &str, rule: &Rule) -> Option<Form> {
         return None;
     }
     let words = rule.words();
-    let mut forms = FORMS
-        .iter()
-        .filter(|(of, at, _)| *of == table && *at == chain);
-    forms.find_map(|(_, _, pattern)| {
+    let place = format!("-t {table} -A {chain} ");
+    let mut forms = FORMS.iter().filter_map(|form| form.strip_prefix(&place));
+    forms.find_map(|pattern| {
         let found = fits(pattern, &words)?;
         Some(Form {
             uplink: UplinkName::parse(found.chain?.strip_prefix(PREFIX)?).ok()?,
@@ -116,10 +62,15 @@ pub fn form(table: Table, chain: &str, rule: &Rule) -> Option<Form> {
 
 /// Whether all rules of a chain with one of our names are of forms that we write.
 pub fn has_our_forms(table: Table, rules: &Rules) -> bool {
+    let place = format!("-t {table} ");
+    let forms = || {
+        CHAIN_FORMS
+            .iter()
+            .filter_map(|form| form.strip_prefix(&place))
+    };
     rules.iter().all(|rule| {
         let words = rule.words();
-        let mut forms = CHAIN_FORMS.iter().filter(|(of, _)| *of == table);
-        forms.any(|(_, pattern)| fits(pattern, &words).is_some())
+        forms().any(|pattern| fits(pattern, &words).is_some())
     })
 }
 

@@ -193,10 +193,8 @@ pub fn reconcile(
             ..
         } = &plan;
         let describe = || describe(request, links);
-        if let Some(doubt) = config
-            .and_then(|config| request.doubts(config, links))
-            .filter(|_| round == 0)
-        {
+        let doubt = config.and_then(|config| request.doubts(config, links));
+        if let Some(doubt) = doubt.filter(|_| round == 0) {
             warn!("{doubt}");
         }
         let unlisted = unlisted(config, &kernel.ruleset);
@@ -297,26 +295,21 @@ pub fn writes_to(table: Table, config: Option<&Config>) -> bool {
 
 /// What is wrong with a table that iptables-save does not list, and what helps.
 pub fn not_listed(table: &str) -> (String, String) {
-    (
-        format!(
-            "iptables-save does not list the table {table}, since a rule in it is not one of iptables' own"
-        ),
-        format!(
-            "nft -a list table ip {table}, and delete that rule, or move it to a table of its own"
-        ),
-    )
+    let what = format!(
+        "iptables-save does not list the table {table}, since a rule in it is not one of iptables' own"
+    );
+    let advice = format!(
+        "nft -a list table ip {table}, and delete that rule, or move it to a table of its own"
+    );
+    (what, advice)
 }
 
 /// The interface and address of each uplink in question.
-fn places(links: &UplinkLinks) -> Vec<(&UplinkName, Option<(&IfName, Ipv4Addr)>)> {
+fn places<'a>(links: &'a UplinkLinks) -> Vec<(&'a UplinkName, Option<(&'a IfName, Ipv4Addr)>)> {
+    let place = |link: &'a UplinkLink| (&link.interface, link.address);
+    let links = links.iter();
     links
-        .iter()
-        .map(|(name, link)| {
-            (
-                name,
-                link.as_ref().map(|link| (&link.interface, link.address)),
-            )
-        })
+        .map(|(name, link)| (name, link.as_ref().map(place)))
         .collect()
 }
 
@@ -410,33 +403,23 @@ fn all(errors: &[Error], last: Option<Error>) -> Error {
 
 /// `isp0 up on ppp0 203.0.113.10, isp1 down`
 fn describe(request: &Request, links: &UplinkLinks) -> String {
+    if links.is_empty() {
+        return "orphans".into();
+    }
     let each = links
         .iter()
         .map(|(name, link)| match (link, request.interface()) {
-            (
-                Some(UplinkLink {
-                    interface,
-                    address,
-                    state,
-                    ..
-                }),
-                _,
-            ) => {
-                let way = match state {
+            (Some(link), _) => {
+                let way = match link.state {
                     LinkState::Up => "up",
                     LinkState::AboutToBeUp => "about to be up",
                 };
-                format!("{name} {way} on {interface} {address}")
+                format!("{name} {way} on {} {}", link.interface, link.address)
             }
             (None, Some(interface)) => format!("{name} down on {interface}"),
             (None, None) => format!("{name} down"),
         });
-    let text = each.collect::<Vec<_>>().join(", ");
-    if text.is_empty() {
-        "orphans".into()
-    } else {
-        text
-    }
+    each.collect::<Vec<_>>().join(", ")
 }
 
 /// `isp0 up on ppp0 203.0.113.10: 9 added, 0 removed, 6 ms`

@@ -14,7 +14,7 @@ use crate::kernel::iptables_save::Ruleset;
 use crate::kernel::link::Links;
 use crate::kernel::observe::Kernel;
 use crate::model::names::{IfName, PREFIX, UplinkName};
-use crate::model::netfilter::{Rule, Rules, Table, UplinkTable};
+use crate::model::netfilter::{Rule, Rules, Table};
 use crate::model::route::{FwMark, Route, RouteRule, RuleAction, TableId};
 use crate::model::state::{Entry, State};
 use crate::reconcile::forms::{Form, form, has_our_forms};
@@ -25,6 +25,15 @@ pub enum Owner {
     Ours(Claimants),
     /// Somebody else's, never touched.
     Foreign,
+}
+
+impl Owner {
+    /// The owner of what names an uplink, or none.
+    fn named(uplink: Option<UplinkName>) -> Self {
+        uplink.map_or(Self::Foreign, |name| {
+            Self::Ours([Claimant::Uplink(name)].into())
+        })
+    }
 }
 
 /// Those that an entry was made for.
@@ -48,6 +57,10 @@ impl Claimant {
     }
 }
 
+fn claim<K: Ord>(claims: &mut BTreeMap<K, Claimants>, key: K, claimant: &Claimant) {
+    claims.entry(key).or_default().insert(claimant.clone());
+}
+
 /// What tells whose an entry is.
 #[derive(Debug, Default)]
 pub struct Owners {
@@ -57,9 +70,9 @@ pub struct Owners {
     /// Our chains, by table and name.
     chains: BTreeMap<(Table, String), UplinkName>,
     /// The uplinks at an interface, by the entries that name it.
-    interfaces: BTreeMap<String, BTreeSet<UplinkName>>,
+    interfaces: BTreeMap<String, Claimants>,
     /// Interfaces that the configuration gives to uplinks with marks.
-    configured_interfaces: BTreeMap<String, BTreeSet<UplinkName>>,
+    configured_interfaces: BTreeMap<String, Claimants>,
     /// Interfaces whose marked packets a rule sends to the main table.
     marked_links: BTreeSet<String>,
     marks: BTreeMap<FwMark, Claimants>,
@@ -87,8 +100,7 @@ impl Owners {
             let chain = kernel.ruleset.chain(table.name(), chain);
             let rules = chain.into_iter().flat_map(|chain| chain.rules.iter());
             for mark in rules.filter_map(sets_mark) {
-                let claimants = marks.entry(mark).or_default();
-                claimants.insert(Claimant::Uplink(uplink.clone()));
+                claim(&mut marks, mark, &Claimant::Uplink(uplink.clone()));
             }
         }
         for (mark, claimants) in &marks {
@@ -110,15 +122,11 @@ impl Owners {
         self.tables.insert(routing.table, claimant.clone());
         self.marks.insert(routing.mark, [claimant.clone()].into());
         for pin in &uplink.pin {
-            let claimants = self.sources.entry(*pin).or_default();
-            claimants.insert(claimant.clone());
+            claim(&mut self.sources, *pin, &claimant);
         }
         if let Some(interface) = &uplink.identity.interface {
-            let names = self
-                .configured_interfaces
-                .entry(interface.to_string())
-                .or_default();
-            names.insert(name.clone());
+            let interfaces = &mut self.configured_interfaces;
+            claim(interfaces, interface.to_string(), &claimant);
         }
     }
 
@@ -136,43 +144,37 @@ impl Owners {
                         if !chain.rules.is_empty() {
                             self.named.insert(uplink.clone());
                         }
-                        candidates.push((table, name, uplink));
+                        candidates.push(((table, name.clone()), uplink));
                     }
                     continue;
                 }
-                for rule in chain.rules.iter() {
-                    let Some(Form { uplink, interface }) = form(table, name, rule) else {
-                        continue;
-                    };
+                let forms = chain
+                    .rules
+                    .iter()
+                    .filter_map(|rule| form(table, name, rule));
+                for Form { uplink, interface } in forms {
                     self.named.insert(uplink.clone());
-                    let names = interface.map(|interface| self.interfaces.entry(interface));
-                    if let Some(names) = names {
-                        names.or_default().insert(uplink);
+                    if let Some(interface) = interface {
+                        claim(&mut self.interfaces, interface, &Claimant::Uplink(uplink));
                     }
                 }
             }
         }
         // An empty chain is ours only if something else names its uplink: a name alone makes nothing ours.
-        candidates.retain(|(_, _, uplink)| {
-            self.configured.contains(uplink) || self.named.contains(uplink)
-        });
-        self.chains = candidates
-            .into_iter()
-            .map(|(table, name, uplink)| ((table, name.clone()), uplink))
-            .collect();
+        let known = [&self.configured, &self.named];
+        candidates.retain(|(_, uplink)| known.iter().any(|names| names.contains(uplink)));
+        self.chains = candidates.into_iter().collect();
         // A jump of our form to a chain with rules that we do not write is somebody else's.
         let is_foreign = |uplink: &UplinkName| {
-            let mut tables = [Table::Mangle, Table::Nat].into_iter();
-            tables.any(|table| {
-                let chain = uplink.chain();
-                ruleset.chain(table.name(), &chain).is_some()
-                    && !self.chains.contains_key(&(table, chain))
-            })
+            let chain = uplink.chain();
+            let is_there = |table: &Table| ruleset.chain(table.name(), &chain).is_some();
+            let mut there = [Table::Mangle, Table::Nat].into_iter().filter(is_there);
+            there.any(|table| !self.chains.contains_key(&(table, chain.clone())))
         };
-        for names in self.interfaces.values_mut() {
-            names.retain(|uplink| !is_foreign(uplink));
-        }
-        self.interfaces.retain(|_, names| !names.is_empty());
+        self.interfaces.retain(|_, claimants| {
+            claimants.retain(|claimant| !claimant.uplink().is_some_and(is_foreign));
+            !claimants.is_empty()
+        });
     }
 
     /// `iif ppp0 fwmark 0xa/0xff lookup main` tells whose a mark is that neither a chain nor the configuration names.
@@ -226,8 +228,7 @@ impl Owners {
         for rule in rules.clone() {
             let claimant = rule.table().and_then(|table| self.tables.get(&table));
             if let (Some(from), Some(claimant)) = (rule.from, claimant) {
-                let claimants = self.sources.entry(from).or_default();
-                claimants.insert(claimant.clone());
+                claim(&mut self.sources, from, claimant);
             }
         }
         // An uplink that is not known by its interface may be at one by its route, or by the rule that names the link.
@@ -237,18 +238,17 @@ impl Owners {
             let claimants = rule.fwmark.and_then(|mark| self.marks.get(&mark));
             (&rule.iif, claimants.and_then(BTreeSet::first))
         });
-        let mut at: BTreeMap<&str, Claimants> = BTreeMap::new();
+        let mut at: BTreeMap<String, Claimants> = BTreeMap::new();
         for (interface, claimant) in by_route.chain(by_rule) {
             if let (Some(interface), Some(claimant)) = (interface, claimant) {
-                at.entry(interface).or_default().insert(claimant.clone());
+                claim(&mut at, interface.clone(), claimant);
             }
         }
         // Only an uplink with a table has rules for its address.
         let routed: BTreeSet<&Claimant> = self.tables.values().collect();
         for (interface, link) in links {
-            let names = self.uplinks_at(interface).into_iter();
-            let mut claimants = at.remove(interface.as_str()).unwrap_or_default();
-            claimants.extend(names.map(Claimant::Uplink));
+            let mut claimants = self.uplinks_at(interface);
+            claimants.extend(at.remove(interface).unwrap_or_default());
             claimants.retain(|claimant| routed.contains(claimant));
             for address in link.addresses.iter().filter(|_| !claimants.is_empty()) {
                 let known = self.sources.entry((*address).into()).or_default();
@@ -306,35 +306,13 @@ impl Owners {
                 // A mark is one uplink's; an interface can be that of several, one after the other.
                 let by_mark = fwmark.and_then(|mark| self.marks.get(&mark));
                 let by_source = from.and_then(|from| self.sources.get(&from));
-                let by_iif = || {
-                    let names = iif.iter().flat_map(|iif| self.uplinks_at(iif));
-                    names.map(Claimant::Uplink).collect()
-                };
+                let by_iif = || iif.iter().flat_map(|iif| self.uplinks_at(iif)).collect();
                 Owner::Ours(by_mark.or(by_source).cloned().unwrap_or_else(by_iif))
             }
-            Entry::Chain(table, chain) => self.of_chain(table, chain),
+            Entry::Chain(table, chain) => Owner::named(self.chain(table, chain).cloned()),
             Entry::Rule(table, chain, rule) => {
-                let own = self.of_chain(table, chain);
-                if own != Owner::Foreign || !rule.0.contains(PREFIX) {
-                    return own;
-                }
-                // A chain can't be deleted while a rule jumps to it, so a rule that jumps to ours is removed with it.
-                let words = rule.words();
-                let mut targets = words
-                    .windows(2)
-                    .filter(|pair| pair[0] == "-j" || pair[0] == "-g");
-                let jump = targets.find_map(|pair| self.chains.get(&(table, pair[1].clone())));
-                let by_form = || {
-                    let form = form(table, chain, rule)?;
-                    words
-                        .iter()
-                        .any(|word| word == "--comment")
-                        .then_some(form.uplink)
-                };
-                match jump.cloned().or_else(by_form) {
-                    Some(uplink) => Owner::Ours([Claimant::Uplink(uplink)].into()),
-                    None => Owner::Foreign,
-                }
+                let own = self.chain(table, chain).cloned();
+                Owner::named(own.or_else(|| self.by_rule(table, chain, rule)))
             }
             Entry::SrcValidMark(interface) => self.of_parameter(interface.as_str()),
         }
@@ -342,42 +320,52 @@ impl Owners {
 
     /// Only uplinks that mark packets set it; on other links it is somebody else's.
     fn of_parameter(&self, interface: &str) -> Owner {
-        let marks = |name: &UplinkName| self.chains.contains_key(&(Table::Mangle, name.chain()));
-        let mut names = self.interfaces.get(interface).cloned().unwrap_or_default();
-        names.retain(marks);
-        if names.is_empty() {
-            let configured = self.configured_interfaces.get(interface);
-            names = configured.cloned().unwrap_or_default();
+        let marks = |name: &UplinkName| self.chain(Table::Mangle, &name.chain()).is_some();
+        let mut claimants = self.interfaces.get(interface).cloned().unwrap_or_default();
+        claimants.retain(|claimant| claimant.uplink().is_some_and(marks));
+        if !claimants.is_empty() {
+            return Owner::Ours(claimants);
         }
-        if !names.is_empty() {
-            return Owner::Ours(names.into_iter().map(Claimant::Uplink).collect());
-        }
-        match self.marked_links.contains(interface) {
-            true => Owner::Ours([Claimant::Link(interface.to_owned())].into()),
-            false => Owner::Foreign,
-        }
-    }
-
-    fn of_chain(&self, table: Table, chain: &str) -> Owner {
-        match self.chains.get(&(table, chain.to_owned())) {
-            Some(uplink) => Owner::Ours([Claimant::Uplink(uplink.clone())].into()),
+        match self.configured_interfaces.get(interface) {
+            Some(claimants) => Owner::Ours(claimants.clone()),
+            None if self.marked_links.contains(interface) => {
+                Owner::Ours([Claimant::Link(interface.to_owned())].into())
+            }
             None => Owner::Foreign,
         }
     }
 
+    /// The uplink of one of our chains.
+    fn chain(&self, table: Table, chain: &str) -> Option<&UplinkName> {
+        self.chains.get(&(table, chain.to_owned()))
+    }
+
+    /// The uplink of a rule in a chain that is not ours. A chain can't be deleted while a rule jumps to it, so a rule that
+    /// jumps to ours is removed with it.
+    fn by_rule(&self, table: Table, chain: &str, rule: &Rule) -> Option<UplinkName> {
+        if !rule.0.contains(PREFIX) {
+            return None;
+        }
+        let words = rule.words();
+        let pairs = words.windows(2);
+        let mut jumps = pairs.filter(|it| it[0] == "-j" || it[0] == "-g");
+        let jump = jumps.find_map(|it| self.chain(table, &it[1]));
+        let has_comment = || words.iter().any(|word| word == "--comment");
+        let by_form = || form(table, chain, rule).filter(|_| has_comment());
+        jump.cloned().or_else(|| Some(by_form()?.uplink))
+    }
+
     /// Those whom an interface's routes and rules were made for.
     fn at(&self, interface: &str) -> Claimants {
-        match self.interfaces.get(interface) {
-            Some(names) => names.iter().cloned().map(Claimant::Uplink).collect(),
-            None => [Claimant::Link(interface.to_owned())].into(),
-        }
+        let uplinks = self.interfaces.get(interface).cloned();
+        uplinks.unwrap_or_else(|| [Claimant::Link(interface.to_owned())].into())
     }
 
     /// The uplinks at an interface: those whose entries name it, and those that the configuration gives it to.
-    fn uplinks_at(&self, interface: &str) -> BTreeSet<UplinkName> {
+    fn uplinks_at(&self, interface: &str) -> Claimants {
         let both = [&self.interfaces, &self.configured_interfaces];
-        let names = both.iter().filter_map(|names| names.get(interface));
-        names.flatten().cloned().collect()
+        let claimants = both.iter().filter_map(|it| it.get(interface));
+        claimants.flatten().cloned().collect()
     }
 
     /// The uplinks that have entries and are configured no longer.
@@ -387,80 +375,69 @@ impl Owners {
 
     /// The uplinks whose entries name this interface.
     pub fn bound_to(&self, interface: &IfName) -> BTreeSet<UplinkName> {
-        let names = self.interfaces.get(interface.as_str());
-        names.cloned().unwrap_or_default()
+        let claimants = self
+            .interfaces
+            .get(interface.as_str())
+            .into_iter()
+            .flatten();
+        claimants.filter_map(Claimant::uplink).cloned().collect()
     }
 
     /// The interface that an uplink's entries name, or the route in its table.
     pub fn interface_of(&self, name: &UplinkName, installed: &State) -> Option<IfName> {
-        let mut named = self
-            .interfaces
-            .iter()
-            .filter(|(_, names)| names.contains(name));
-        let by_entries = named.find_map(|(interface, _)| IfName::parse(interface).ok());
         let claimant = Claimant::Uplink(name.clone());
-        let mut routes = installed
-            .routes
-            .iter()
-            .filter(|route| self.tables.get(&route.table) == Some(&claimant));
-        by_entries.or_else(|| routes.find_map(|route| IfName::parse(route.dev.as_ref()?).ok()))
+        let interfaces = self.interfaces.iter();
+        let by_entries = interfaces.filter(|(_, claimants)| claimants.contains(&claimant));
+        let routes = installed.routes.iter();
+        let by_table = routes.filter(|it| self.tables.get(&it.table) == Some(&claimant));
+        let names = by_entries.map(|(interface, _)| interface);
+        let mut names = names.chain(by_table.filter_map(|route| route.dev.as_ref()));
+        names.find_map(|name| IfName::parse(name).ok())
     }
 
     pub fn installed(&self, kernel: &Kernel) -> State {
         let is_ours = |entry: Entry| self.owner(entry) != Owner::Foreign;
+        let routes = kernel.routing.routes.iter();
+        let rules = kernel.routing.rules.iter();
+        let marked = kernel.links.iter().filter(|(_, link)| link.src_valid_mark);
+        let marked = marked.filter_map(|(name, _)| IfName::parse(name).ok());
         let mut state = State {
-            routes: kernel
-                .routing
-                .routes
-                .iter()
-                .filter(|route| is_ours(Entry::Route(route)))
+            routes: routes
+                .filter(|it| is_ours(Entry::Route(it)))
                 .cloned()
                 .collect(),
-            rules: kernel
-                .routing
-                .rules
-                .iter()
-                .filter(|rule| is_ours(Entry::RouteRule(rule)))
+            rules: rules
+                .filter(|it| is_ours(Entry::RouteRule(it)))
                 .cloned()
                 .collect(),
-            src_valid_mark: kernel
-                .links
-                .iter()
-                .filter(|(_, link)| link.src_valid_mark)
-                .filter_map(|(name, _)| IfName::parse(name).ok())
-                .filter(|interface| is_ours(Entry::SrcValidMark(interface)))
+            src_valid_mark: marked
+                .filter(|it| is_ours(Entry::SrcValidMark(it)))
                 .collect(),
-            tables: self.tables_of(&kernel.ruleset),
+            tables: BTreeMap::new(),
         };
-        state.tables.retain(|_, table| !table.is_empty());
+        self.add_tables(&kernel.ruleset, &mut state);
         state
     }
 
-    fn tables_of(&self, ruleset: &Ruleset) -> BTreeMap<(Table, UplinkName), UplinkTable> {
-        let mut tables: BTreeMap<(Table, UplinkName), UplinkTable> = BTreeMap::new();
+    fn add_tables(&self, ruleset: &Ruleset, state: &mut State) {
         for table in Table::ALL {
             let chains = ruleset.tables.get(table.name());
             for (name, chain) in chains.into_iter().flatten() {
-                if let Some(uplink) = self.chains.get(&(table, name.clone())) {
-                    let own = tables.entry((table, uplink.clone())).or_default();
-                    own.chains.insert(name.clone(), Rules::clone(&chain.rules));
+                if let Some(uplink) = self.chain(table, name) {
+                    state.add_chain(table, uplink, name, Rules::clone(&chain.rules));
                     continue;
                 }
                 for rule in chain.rules.iter() {
                     // iptables-restore takes each line of a comment for a rule: it could not remove this one.
-                    if rule.0.contains('\n') {
-                        continue;
-                    }
-                    if let Owner::Ours(claimants) = self.owner(Entry::Rule(table, name, rule))
+                    if !rule.0.contains('\n')
+                        && let Owner::Ours(claimants) = self.owner(Entry::Rule(table, name, rule))
                         && let Some(uplink) = claimants.first().and_then(Claimant::uplink)
                     {
-                        let own = tables.entry((table, uplink.clone())).or_default();
-                        own.entries.push((name.clone(), rule.clone()));
+                        state.add_rule(table, uplink, name, rule.clone());
                     }
                 }
             }
         }
-        tables
     }
 
     /// What of the installed entries a request leaves alone.

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::config::Config;
 use crate::model::link::UplinkLinks;
-use crate::model::names::{IfName, UplinkName};
-use crate::model::route::{Route, RouteRule};
+use crate::model::names::UplinkName;
 use crate::model::state::{Entry, State};
 use crate::reconcile::desired::{Up, desired, desired_down};
 use crate::reconcile::ownership::{Claimant, Owner, Owners};
@@ -37,11 +36,17 @@ pub fn parts(
         parts.insert(name.clone(), part);
     }
     // An entry is theirs who desire it, whoever made it; one that nobody desires counts once.
-    let desirers = Desirers::new(&parts);
     let mut split = installed.split(|entry| {
-        let by = desirers.of(entry);
-        if !by.is_empty() {
-            return by.into_iter().map(Some).collect();
+        let desirers = parts.iter().filter(|(_, part)| match entry {
+            Entry::Route(_) | Entry::RouteRule(_) | Entry::SrcValidMark(_) => {
+                part.desired.contains(entry)
+            }
+            // They name their uplink, and nobody else desires them.
+            Entry::Chain(..) | Entry::Rule(..) => false,
+        });
+        let desirers: Vec<_> = desirers.map(|(name, _)| Some(name.clone())).collect();
+        if !desirers.is_empty() {
+            return desirers;
         }
         let claimants = match owners.owner(entry) {
             Owner::Ours(claimants) => claimants,
@@ -57,48 +62,4 @@ pub fn parts(
         }
     }
     (parts, orphans)
-}
-
-/// Which uplinks desire an entry that several can.
-#[derive(Default)]
-struct Desirers<'a> {
-    routes: BTreeMap<&'a Route, Vec<UplinkName>>,
-    rules: BTreeMap<&'a RouteRule, Vec<UplinkName>>,
-    src_valid_mark: BTreeMap<&'a IfName, Vec<UplinkName>>,
-}
-
-impl<'a> Desirers<'a> {
-    fn new(parts: &'a BTreeMap<UplinkName, Part>) -> Self {
-        let mut desirers = Self::default();
-        for (name, part) in parts {
-            let State {
-                routes,
-                rules,
-                src_valid_mark,
-                // The uplink's name stands in each.
-                tables: _,
-            } = &part.desired;
-            for route in routes {
-                desirers.routes.entry(route).or_default().push(name.clone());
-            }
-            for rule in rules {
-                desirers.rules.entry(rule).or_default().push(name.clone());
-            }
-            for interface in src_valid_mark {
-                let names = desirers.src_valid_mark.entry(interface).or_default();
-                names.push(name.clone());
-            }
-        }
-        desirers
-    }
-
-    fn of(&self, entry: Entry) -> Vec<UplinkName> {
-        let names = match entry {
-            Entry::Route(route) => self.routes.get(route),
-            Entry::RouteRule(rule) => self.rules.get(rule),
-            Entry::SrcValidMark(interface) => self.src_valid_mark.get(interface),
-            Entry::Chain(..) | Entry::Rule(..) => None,
-        };
-        names.cloned().unwrap_or_default()
-    }
 }

@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use anyhow::{Context, Result, bail, ensure};
 use log::debug;
 
-use crate::config::{Config, Uplink};
+use crate::config::{Config, Identity, Uplink};
 use crate::kernel::link::{Link, Links};
 use crate::model::link::{LinkState, Troubles, UplinkLink, UplinkLinks, check_local};
 use crate::model::names::{IfName, UplinkName};
@@ -32,17 +32,6 @@ pub enum Request {
     Event(Event),
     /// Look at all interfaces.
     Sync,
-}
-
-/// What a request tells about one uplink and the interface in the request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Binds {
-    /// The interface belongs to this uplink now.
-    ToIt,
-    /// The interface belongs to another uplink, or to none.
-    ToAnother,
-    /// Nothing; the installed entries decide.
-    Nothing,
 }
 
 impl fmt::Display for Request {
@@ -115,11 +104,8 @@ impl Request {
                 let known = config.uplinks.get_key_value(name);
                 let (name, uplink) =
                     known.with_context(|| format!("there is no [uplink.{name}]"))?;
-                if let Some(other) = uplink
-                    .identity
-                    .interface
-                    .as_ref()
-                    .filter(|other| *other != interface)
+                if let Some(other) = &uplink.identity.interface
+                    && other != interface
                 {
                     bail!("{name} is bound to {other}, not to {interface}");
                 }
@@ -127,10 +113,10 @@ impl Request {
             }
             Self::Up { interface, .. } | Self::Down { interface } => interface,
         };
-        let uplinks = config.uplinks.iter();
+        let interface = Some(interface);
         let named =
-            uplinks.filter(|(_, uplink)| uplink.identity.interface.as_ref() == Some(interface));
-        Ok(named.map(|(name, _)| name).collect())
+            |name: &&UplinkName| config.uplinks[*name].identity.interface.as_ref() == interface;
+        Ok(config.uplinks.keys().filter(named).collect())
     }
 
     /// The present links of the uplinks in question. None if there is nothing to do: without a configuration entries are only
@@ -173,15 +159,11 @@ impl Request {
             binds = self.binds(&bound, &chosen, seen.links);
             if let Self::Up { uplink: None, .. } = self {
                 // An uplink that is known by the interface alone is certain; otherwise the installed entries decide.
-                let sure =
-                    |name: &&UplinkName| config.uplinks[*name].identity.interface_alone().is_some();
+                let identity = |name: &UplinkName| &config.uplinks[name].identity;
+                let is_sure = |name| identity(name).interface_alone().is_some();
                 // Not if the uplink is configured for another interface by now.
-                let may_be = |name: &UplinkName| {
-                    let own = config.uplinks[name].identity.interface.as_ref();
-                    own.is_none_or(|own| own == interface)
-                };
-                bound.retain(may_be);
-                if !chosen.iter().any(|name| sure(&name)) && !bound.is_empty() {
+                bound.retain(|name| may_be(identity(name), interface));
+                if !chosen.iter().any(is_sure) && !bound.is_empty() {
                     chosen = bound;
                 }
                 let mut several = chosen.iter();
@@ -191,30 +173,29 @@ impl Request {
             }
         }
         let (mut links, mut troubles) = (UplinkLinks::new(), Troubles::new());
-        for (name, uplink) in names
-            .iter()
-            .filter_map(|name| config.uplinks.get_key_value(name))
-        {
-            let binds = match (binds, chosen.contains(name)) {
-                (false, _) => Binds::Nothing,
-                (true, true) => Binds::ToIt,
-                (true, false) => Binds::ToAnother,
+        for name in names {
+            let uplink = &config.uplinks[&name];
+            let alone = uplink.identity.interface_alone().cloned();
+            let named = || {
+                let named = seen.owners.interface_of(&name, seen.installed);
+                named.filter(|named| may_be(&uplink.identity, named))
             };
-            let interface = self.place(name, uplink, binds, seen);
-            let link = match interface {
-                Some(interface) => self
-                    .uplink_link(&interface, uplink, config, seen)
-                    .with_context(|| name.to_string()),
-                None => Ok(None),
+            let interface = match self.interface().filter(|_| binds) {
+                Some(interface) if chosen.contains(&name) => Some(interface.clone()),
+                // Its entries name the interface, but the call is for another uplink: look at its configured interface.
+                Some(interface) => alone.filter(|own| own != interface),
+                None => alone.or_else(named),
             };
-            let link = match link {
+            let link =
+                interface.map(|interface| self.uplink_link(&interface, uplink, config, seen));
+            let link = match link.transpose().with_context(|| name.to_string()) {
                 Err(error) if *self == Self::Sync => {
                     troubles.insert(name.clone(), error);
                     None
                 }
                 link => link?,
             };
-            links.insert(name.clone(), link);
+            links.insert(name, link.flatten());
         }
         Ok((links, troubles))
     }
@@ -227,10 +208,10 @@ impl Request {
         else {
             return None;
         };
-        let Some((name, link)) = links
+        let mut up = links
             .iter()
-            .find_map(|(name, link)| Some((name, link.as_ref()?)))
-        else {
+            .filter_map(|(name, link)| Some((name, link.as_ref()?)));
+        let Some((name, link)) = up.next() else {
             let mut uplinks = config.uplinks.iter();
             let (name, _) = uplinks.find(|(_, uplink)| uplink.identity.interface.is_none())?;
             return Some(format!(
@@ -254,41 +235,15 @@ impl Request {
         match self {
             Self::Up { .. } | Self::Down { .. } => true,
             Self::Sync => false,
-            Self::Event(Event {
-                direction,
-                interface,
-                local,
-                ..
-            }) => match direction {
+            Self::Event(event) => match event.direction {
                 Direction::PreUp => true,
                 Direction::Follow | Direction::Down => false,
                 Direction::Up => {
-                    let link = links.get(interface.as_str());
+                    let link = links.get(event.interface.as_str());
                     let has = |local| link.is_some_and(|link| link.addresses.contains(&local));
-                    local.is_none_or(has) || bound.is_subset(chosen)
+                    event.local.is_none_or(has) || bound.is_subset(chosen)
                 }
             },
-        }
-    }
-
-    /// The interface of an uplink in question. None if it has none now.
-    fn place(
-        &self,
-        name: &UplinkName,
-        uplink: &Uplink,
-        binds: Binds,
-        seen: &Seen,
-    ) -> Option<IfName> {
-        let alone = uplink.identity.interface_alone().cloned();
-        match (binds, self.interface()) {
-            (Binds::ToIt, Some(interface)) => Some(interface.clone()),
-            // Its entries name the interface, but the call is for another uplink: look at its configured interface.
-            (Binds::ToAnother, Some(interface)) => alone.filter(|own| own != interface),
-            (Binds::Nothing, _) | (_, None) => {
-                let own = uplink.identity.interface.as_ref();
-                let named = || seen.owners.interface_of(name, seen.installed);
-                alone.or_else(|| named().filter(|named| own.is_none_or(|own| own == named)))
-            }
         }
     }
 
@@ -300,11 +255,11 @@ impl Request {
         config: &Config,
         seen: &Seen,
     ) -> Result<Option<UplinkLink>> {
-        let by_hand = matches!(self, Self::Up { .. } | Self::Down { .. })
-            && self.interface() == Some(interface);
-        if by_hand && self.removes() {
-            return Ok(None);
-        }
+        let by_hand = match self {
+            Self::Down { interface: down } if down == interface => return Ok(None),
+            Self::Up { interface: up, .. } => up == interface,
+            Self::Down { .. } | Self::Event(_) | Self::Sync => false,
+        };
         let link = seen.links.get(interface.as_str());
         if by_hand {
             let link = link.with_context(|| {
@@ -318,11 +273,9 @@ impl Request {
         let Some(link) = link else { return Ok(None) };
         let state = match self {
             _ if link.up => LinkState::Up,
-            Self::Event(Event {
-                direction: Direction::PreUp,
-                interface: about_to_be,
-                ..
-            }) if about_to_be == interface => LinkState::AboutToBeUp,
+            Self::Event(it) if it.direction == Direction::PreUp && it.interface == *interface => {
+                LinkState::AboutToBeUp
+            }
             _ => return Ok(None),
         };
         let Some(address) = self.address(link, uplink, by_hand, seen) else {
@@ -351,8 +304,8 @@ impl Request {
         by_hand: bool,
         seen: &Seen,
     ) -> Option<Ipv4Addr> {
-        if by_hand && self.local().is_some() {
-            return self.local();
+        if let Some(local) = self.local().filter(|_| by_hand) {
+            return Some(local);
         }
         let table = uplink.routing.as_ref().map(|routing| routing.table);
         let rules = seen.installed.rules.iter();
@@ -360,6 +313,14 @@ impl Request {
         let sources = rules.filter_map(|rule| rule.from).map(|from| from.ip());
         link.address(self.local().into_iter().chain(sources))
     }
+}
+
+/// Whether an uplink can have this interface.
+fn may_be(identity: &Identity, interface: &IfName) -> bool {
+    identity
+        .interface
+        .as_ref()
+        .is_none_or(|own| own == interface)
 }
 
 /// What a request needs of the kernel's state to find its links.

@@ -393,10 +393,10 @@ impl Dropped {
         let key = (Table::Filter, name.clone());
         let filter_rules = |state: &State| {
             let mut rules = State::default();
-            rules.insert(
-                key.clone(),
-                state.tables.get(&key).cloned().unwrap_or_default(),
-            );
+            let own = state.tables.get_key_value(&key);
+            rules
+                .tables
+                .extend(own.map(|(key, own)| (key.clone(), own.clone())));
             rules
         };
         let comparison = &view.comparison;

@@ -21,7 +21,7 @@ use mh_hook::model::link::{LinkState, UplinkLink, check_local};
 use mh_hook::model::names::{IfName, UplinkName};
 use mh_hook::model::netfilter::{self, Table};
 use mh_hook::model::state::State;
-use mh_hook::reconcile::apply::restore_lines;
+use mh_hook::reconcile::apply::lines;
 use mh_hook::reconcile::desired::{Up, desired};
 use mh_hook::reconcile::diff::{Step, diff};
 use mh_hook::reconcile::dnat;
@@ -245,7 +245,9 @@ fn literal(steps: &[Step]) {
     let mut input = String::new();
     for step in steps {
         input.clear();
-        input += &restore_lines(step);
+        if step.table().is_some() {
+            input += &lines(step);
+        }
         assert!(
             input.lines().all(|line| line.starts_with([':', '-'])),
             "{input:?}"

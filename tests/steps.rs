@@ -1,4 +1,4 @@
-//! The steps from one state of an uplink's chain to another.
+//! The steps that mend a chain, carried out as iptables does.
 
 use std::rc::Rc;
 
@@ -93,5 +93,40 @@ fn one_rule_that_is_missing_is_one_command() {
             .map(|(_, command)| command.to_string())
             .collect();
         assert_eq!(commands, [expected]);
+    }
+}
+
+#[test]
+fn one_rule_too_many_is_one_command_and_the_others_keep_their_counters() {
+    let rules = |specs: &[&str]| {
+        let rules = specs.iter().map(|spec| Rule((*spec).to_owned()));
+        Some(Rc::new(rules.collect::<Vec<_>>()))
+    };
+    for (before, after, expected) in [
+        (
+            ["-p tcp", "-p udp", "-p esp"],
+            ["-p tcp", "-p esp"],
+            "-p udp",
+        ),
+        (
+            ["-p tcp", "-p udp", "-p tcp"],
+            ["-p udp", "-p tcp"],
+            "-p tcp",
+        ),
+        (
+            ["-p tcp", "-p tcp", "-p esp"],
+            ["-p tcp", "-p esp"],
+            "-p tcp",
+        ),
+    ] {
+        let step = Step::Chain {
+            table: Table::Nat,
+            chain: "mh-isp0".into(),
+            before: rules(&before),
+            after: rules(&after),
+        };
+        let commands = step.commands().into_iter();
+        let commands: Vec<String> = commands.map(|(_, command)| command.to_string()).collect();
+        assert_eq!(commands, [format!("iptables -t nat -D mh-isp0 {expected}")]);
     }
 }
