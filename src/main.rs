@@ -130,7 +130,7 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
     {
         Link::wait(interface).map_err(Failure::Kernel)?;
     }
-    // An address that no link can have is refused before any tool runs; the LANs are checked once they are known.
+    // An address that no link can have is refused before any tool runs.
     if let Some(local) = request.local() {
         check_local(local, &[]).map_err(Failure::Usage)?;
     }
@@ -139,9 +139,6 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
     let config = configuration(&arguments.config_path, &request)?;
     let mut is_ours = true;
     if let Some(config) = &config {
-        if let Some(local) = request.local() {
-            check_local(local, &config.lan.networks).map_err(Failure::Usage)?;
-        }
         is_ours = !request.named(config).map_err(Failure::Usage)?.is_empty();
     }
     let Some(session) = session else {

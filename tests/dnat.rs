@@ -104,7 +104,8 @@ fn forward() -> impl Strategy<Value = Forward> {
         Forward {
             ports: ports.filter(|_| open.is_none()),
             protocols: open.unwrap_or(protocols).into(),
-            to: Ipv4Addr::new(192, 168, 0, host),
+            address: None,
+            to: Some(Ipv4Addr::new(192, 168, 0, host)),
             to_port: None,
             from: from
                 .iter()
@@ -122,13 +123,15 @@ fn a_rule_is_read_back_as_the_forward_that_it_was_written_for() {
             first: 27015,
             last: 27030,
         }),
-        to: Ipv4Addr::new(192, 168, 0, 2),
+        address: Some(Ipv4Addr::new(203, 0, 113, 11)),
+        to: Some(Ipv4Addr::new(192, 168, 0, 2)),
         to_port: None,
         from: vec!["198.51.100.0/24".parse().expect("a prefix")],
     };
     let whole = Forward {
         protocols: vec![].into(),
         ports: None,
+        address: None,
         from: Vec::new(),
         ..forward.clone()
     };
@@ -138,11 +141,15 @@ fn a_rule_is_read_back_as_the_forward_that_it_was_written_for() {
         to_port: Some(22),
         ..whole.clone()
     };
+    let own = Forward {
+        to: None,
+        ..moved.clone()
+    };
     let gre = Forward {
         protocols: vec![Protocol::Gre].into(),
         ..whole.clone()
     };
-    for forward in [forward, whole, moved, gre] {
+    for forward in [forward, whole, moved, own, gre] {
         let (_, rule) = rules(&forward).next().expect("a rule");
         assert_eq!(parse(&rule), Some(forward), "{rule}");
     }
@@ -185,7 +192,8 @@ fn single(port: u16) -> Forward {
     Forward {
         ports: Some(PortRange::one(port)),
         protocols: vec![Protocol::Tcp].into(),
-        to: Ipv4Addr::new(192, 168, 0, 2),
+        address: None,
+        to: Some(Ipv4Addr::new(192, 168, 0, 2)),
         to_port: None,
         from: Vec::new(),
     }

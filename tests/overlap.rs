@@ -1,8 +1,8 @@
-//! Which forwards overlap, by the packets that they take.
+//! Which forwards overlap, and which is the first that takes a packet, by the packets that they take.
 
 use std::net::Ipv4Addr;
 
-use mh_hook::model::forward::{Asked, Forward, PortRange, Protocol, overlapping};
+use mh_hook::model::forward::{Asked, Forward, ForwardIndex, PortRange, Protocol, overlapping};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -21,14 +21,26 @@ fn forward() -> impl Strategy<Value = Forward> {
         (1..4u8).prop_map(|host| Ipv4Addr::new(192, 0, 2, host).into()),
         0..2,
     );
-    let parts = (protocols, proptest::option::weighted(0.8, ports), from);
-    parts.prop_map(|(protocols, ports, from)| Forward {
+    let address = proptest::option::weighted(0.3, (1..3u8).prop_map(own));
+    let parts = (
+        protocols,
+        proptest::option::weighted(0.8, ports),
+        from,
+        address,
+    );
+    parts.prop_map(|(protocols, ports, from, address)| Forward {
         protocols: protocols.into(),
         ports,
-        to: Ipv4Addr::new(192, 168, 0, 2),
+        address,
+        to: Some(Ipv4Addr::new(192, 168, 0, 2)),
         to_port: None,
         from,
     })
+}
+
+/// An address of the link.
+fn own(last: u8) -> Ipv4Addr {
+    Ipv4Addr::new(203, 0, 113, last)
 }
 
 /// Packets of each kind that [`forward`] tells apart.
@@ -38,8 +50,10 @@ fn packets() -> impl Iterator<Item = Asked> {
         [Protocol::Tcp, Protocol::Udp]
             .into_iter()
             .flat_map(move |protocol| {
-                (1..36).map(move |port| Asked {
+                let ports = (1..36).flat_map(|port| [(port, 1), (port, 2)]);
+                ports.map(move |(port, last)| Asked {
                     source: Some(source),
+                    destination: Some(own(last)),
                     protocol: protocol.number(),
                     port: Some(port),
                 })
@@ -54,12 +68,18 @@ fn overlap(earlier: &Forward, later: &Forward) -> bool {
             protocols,
             ports,
             from,
+            address,
             ..
         } = forward;
-        [protocols.is_empty(), ports.is_none(), from.is_empty()]
+        [
+            protocols.is_empty(),
+            ports.is_none(),
+            from.is_empty(),
+            address.is_none(),
+        ]
     };
     let (above, below) = (open(earlier), open(later));
-    let is_ordered = above != below && (0..3).all(|at| above[at] <= below[at]);
+    let is_ordered = above != below && (0..4).all(|at| above[at] <= below[at]);
     let fits_both = |asked| earlier.takes(asked) && later.takes(asked);
     packets().any(fits_both) && !is_ordered
 }
@@ -74,5 +94,14 @@ proptest! {
         };
         let pairs = (0..forwards.len()).filter_map(|later| first(later).map(|it| (later, it)));
         prop_assert_eq!(overlapping(&forwards), pairs.collect());
+    }
+
+    #[test]
+    fn the_index_finds_the_first_that_takes_a_packet(forwards in vec(forward(), 0..30)) {
+        let index = ForwardIndex::new(forwards.clone());
+        for asked in packets() {
+            let first = forwards.iter().position(|forward| forward.takes(asked));
+            prop_assert_eq!(index.place(asked), first);
+        }
     }
 }

@@ -6,6 +6,7 @@ mod parse;
 mod values;
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use anyhow::Result;
@@ -89,6 +90,8 @@ pub struct Identity {
     pub linkname: Option<String>,
     /// The name in `pppd call NAME`.
     pub peer: Option<String>,
+    /// An address of the link, which the kernel tells, whatever unit pppd gave it.
+    pub address: Option<Ipv4Addr>,
 }
 
 impl Identity {
@@ -100,15 +103,17 @@ impl Identity {
             && fits(&self.ipparam, &call.ipparam)
             && fits(&self.linkname, &call.linkname)
             && fits(&self.peer, &call.peer)
+            && (self.address.is_none() || self.address == call.address)
     }
 
-    /// The interface, if nothing else is given.
+    /// The interface, if nothing else is given that only a call by pppd tells.
     pub fn interface_alone(&self) -> Option<&IfName> {
         let Self {
             interface,
             ipparam: None,
             linkname: None,
             peer: None,
+            address: _,
         } = self
         else {
             return None;

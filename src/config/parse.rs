@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
 use anyhow::{Context, Result};
@@ -9,7 +10,7 @@ use ipnetwork::Ipv4Network;
 use toml_spanner::{Arena, Array, Item, Key, Span, Table, parse_recoverable};
 
 use super::error::Problem;
-use super::values::{address_or_prefix, port_range, prefix, target};
+use super::values::{address_or_prefix, host, ports, prefix, target};
 use super::{Config, Identity, Lan, Priority, Routing, Uplink};
 use crate::model::forward::{Forward, Protocol, overlapping};
 use crate::model::names::{IfName, UplinkName};
@@ -81,6 +82,7 @@ const UPLINK: Keys = (
         "ipparam",
         "linkname",
         "peer",
+        "address",
         "table",
         "mark",
         "masquerade",
@@ -91,7 +93,7 @@ const UPLINK: Keys = (
         "forward",
     ],
 );
-const FORWARD: Keys = ("a forward", &["proto", "port", "to", "from"]);
+const FORWARD: Keys = ("a forward", &["proto", "port", "to", "from", "address"]);
 
 /// All tables with their keys.
 pub const KEYS: [Keys; 6] = [FILE, LAN, MARK, PRIORITY, UPLINK, FORWARD];
@@ -355,13 +357,14 @@ impl Reader {
             ipparam,
             linkname,
             peer,
+            address: self.address(table),
         };
-        if !["interface", "ipparam", "linkname", "peer"]
+        if !["interface", "ipparam", "linkname", "peer", "address"]
             .iter()
             .any(|key| table.contains_key(key))
         {
             let what = format!(
-                "interface in [uplink.{}]: say which link this is by interface, ipparam, linkname or peer: \
+                "interface in [uplink.{}]: say which link this is by interface, ipparam, linkname, peer or address: \
                  interface = \"ppp0\"",
                 name.name
             );
@@ -401,7 +404,7 @@ impl Reader {
                 self.problem(item.span(), example);
                 continue;
             };
-            if let Some(forward) = self.forward(item, table) {
+            for forward in self.forward(item, table).unwrap_or_default() {
                 forwards.push(forward);
                 places.push(item.span());
             }
@@ -414,15 +417,16 @@ impl Reader {
         forwards
     }
 
-    fn forward(&mut self, item: &Item, table: &Table) -> Option<Forward> {
+    /// The forwards that a table stands for: one for each range of ports.
+    fn forward(&mut self, item: &Item, table: &Table) -> Option<Vec<Forward>> {
         self.check_keys(table, FORWARD);
         let protocols = match table.get("proto") {
             None => Some(Cow::Borrowed(&[Protocol::Tcp][..])),
             Some(value) => self.protocols(value).map(Cow::Owned),
         };
         let ports = match table.get("port") {
-            Some(value) => self.take(value.span(), port_range(value)).map(Some),
-            None => Some(None),
+            Some(value) => self.take(value.span(), ports(value)),
+            None => Some(Vec::new()),
         };
         let to = match table.get("to") {
             Some(value) => self.take(value.span(), target(value)),
@@ -432,30 +436,49 @@ impl Reader {
             }
         };
         let from = self.sources(table);
+        let address = self.address(table);
         let (protocols, ports, (to, to_port)) = (protocols?, ports?, to?);
         let portless =
             protocols.is_empty() || !protocols.iter().all(|protocol| protocol.has_ports());
-        if ports.is_some() && portless {
+        if !ports.is_empty() && portless {
             let span = table.get("port").map_or(item.span(), Item::span);
             self.problem(
                 span,
                 "only tcp, udp and sctp have ports: leave port out, or name these protocols only",
             );
         }
-        if to_port.is_some() && ports.as_ref().is_none_or(|ports| !ports.is_one()) {
+        let is_one = ports.len() == 1 && ports[0].is_one();
+        if to_port.is_some() && !is_one {
             let span = table.get("to").map_or(item.span(), Item::span);
             self.problem(
                 span,
                 "to can have a port if port is a single one; several ports stay as they are, so give the address alone",
             );
         }
-        Some(Forward {
+        let forward = Forward {
             protocols,
-            ports,
+            ports: None,
+            address,
             to,
             to_port,
             from,
-        })
+        };
+        if ports.is_empty() {
+            return Some(vec![forward]);
+        }
+        let each = ports.into_iter().map(|ports| Forward {
+            ports: Some(ports),
+            ..forward.clone()
+        });
+        Some(each.collect())
+    }
+
+    /// The address of a link.
+    fn address(&mut self, table: &Table) -> Option<Ipv4Addr> {
+        let value = table.get("address")?;
+        let text = value.as_str();
+        let text = text.context("address is an IPv4 address of the link: \"203.0.113.10\"");
+        self.take(value.span(), text.and_then(host))
     }
 
     /// The sources that may use a forward. Empty if `from` is not given, for all.

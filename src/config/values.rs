@@ -30,10 +30,32 @@ pub fn prefix(text: &str) -> Result<Ipv4Network> {
     Ok(network)
 }
 
-/// Parses a port or a range of ports.
+/// Parses a port, a range of ports, or a list of these.
 /// Errors: says what is right.
-pub fn port_range(value: &Item) -> Result<PortRange> {
-    let what = "port is one port (80) or a range (\"27015-27030\"), from 1 to 65535";
+pub fn ports(value: &Item) -> Result<Vec<PortRange>> {
+    let Some(items) = value.as_array() else {
+        return Ok(vec![port_range(value)?]);
+    };
+    ensure!(
+        !items.is_empty(),
+        "an empty list of ports forwards nothing; leave port out for all"
+    );
+    let mut ranges: Vec<PortRange> = Vec::new();
+    for item in items.iter() {
+        let range = port_range(item)?;
+        let is_known = |known: &PortRange| known.first <= range.last && range.first <= known.last;
+        ensure!(
+            !ranges.iter().any(is_known),
+            "{range} is listed twice in port"
+        );
+        ranges.push(range);
+    }
+    Ok(ranges)
+}
+
+fn port_range(value: &Item) -> Result<PortRange> {
+    let what =
+        "port is one port (80), a range (\"27015-27030\"), or a list of these, from 1 to 65535";
     let port = |text: &str| {
         text.parse::<u16>()
             .ok()
@@ -61,10 +83,10 @@ pub fn port_range(value: &Item) -> Result<PortRange> {
     Ok(range)
 }
 
-/// Parses a LAN host's address, with a port or without.
+/// Parses a LAN host's address, with a port or without; or a port alone, of this router's own.
 /// Errors: says what is right.
-pub fn target(value: &Item) -> Result<(Ipv4Addr, Option<u16>)> {
-    let what = "to is a LAN host's address, or address:port: \"192.168.0.2:22\"";
+pub fn target(value: &Item) -> Result<(Option<Ipv4Addr>, Option<u16>)> {
+    let what = "to is a LAN host's address, or address:port: \"192.168.0.2:22\"; or a port of this router's own: \":8443\"";
     let text = value.as_str().context(what)?;
     let (address, port) = match text.split_once(':') {
         Some((address, port)) => (
@@ -78,10 +100,20 @@ pub fn target(value: &Item) -> Result<(Ipv4Addr, Option<u16>)> {
         ),
         None => (text, None),
     };
-    let address = address.parse().ok().context(what)?;
-    check_local(address, &[])
-        .map_err(|_| anyhow!("{address} can't be a host's address: {what}"))?;
-    Ok((address, port))
+    if address.is_empty() && port.is_some() {
+        return Ok((None, port));
+    }
+    let host = host(address).map_err(|error| anyhow!("{error}: {what}"))?;
+    Ok((Some(host), port))
+}
+
+/// Parses the address of a host or of a link.
+/// Errors: it is not one, or can't be one.
+pub fn host(text: &str) -> Result<Ipv4Addr> {
+    let address = text.parse().ok();
+    let address = address.with_context(|| format!("{text:?} is not an IPv4 address"))?;
+    check_local(address, &[]).map_err(|_| anyhow!("{address} can't be a host's address"))?;
+    Ok(address)
 }
 
 /// Parses a prefix or an address.

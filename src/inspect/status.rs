@@ -227,10 +227,7 @@ fn forwards(
         ForwardStatus {
             service: forward.to_string(),
             from: forward.from.iter().map(ToString::to_string).collect(),
-            to: match forward.to_port {
-                Some(port) => format!("{}:{port}", forward.to),
-                None => forward.to.to_string(),
-            },
+            to: forward.destination(),
             connections: counter.map(|counter| counter.packets),
             bytes: counter.map(|counter| counter.bytes),
             open_bytes: open.filter(|_| has_bytes).map(|open| open.bytes),
@@ -267,7 +264,11 @@ fn open(forwards: &[Forward], address: Ipv4Addr) -> Option<BTreeMap<usize, Open>
     let read = conntrack::each([Filter::To(address)], |flow| {
         let place = index.place(flow.asked());
         let place = place.filter(|_| flow.original.destination == address);
-        if let Some(place) = place.filter(|place| forwards[*place].to == flow.reply.source) {
+        let made = |place: &usize| {
+            let forward: &Forward = &forwards[*place];
+            forward.target(address, None).0 == flow.reply.source
+        };
+        if let Some(place) = place.filter(made) {
             let open = all.entry(place).or_default();
             open.connections += 1;
             open.bytes += flow.bytes.unwrap_or_default();

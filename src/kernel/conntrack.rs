@@ -222,6 +222,7 @@ impl Flow {
     pub fn asked(&self) -> Asked {
         Asked {
             source: Some(self.original.source),
+            destination: Some(self.original.destination),
             protocol: self.protocol,
             port: self.original.ports.map(|(_, destination)| destination),
         }

@@ -72,11 +72,4 @@ impl Link {
         }
         Ok(())
     }
-
-    /// The address to make entries for: the first of `preferred` that the interface has, else its first address.
-    pub fn address(&self, preferred: impl IntoIterator<Item = Ipv4Addr>) -> Option<Ipv4Addr> {
-        let mut preferred = preferred.into_iter();
-        let found = preferred.find(|address| self.addresses.contains(address));
-        found.or(self.addresses.first().copied())
-    }
 }

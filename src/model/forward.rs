@@ -124,7 +124,10 @@ pub struct Forward {
     pub protocols: Cow<'static, [Protocol]>,
     /// The ports at the uplink's address; none for all, or where the protocol has none.
     pub ports: Option<PortRange>,
-    pub to: Ipv4Addr,
+    /// Which of the link's addresses; none for all.
+    pub address: Option<Ipv4Addr>,
+    /// The LAN host; none for this router itself.
+    pub to: Option<Ipv4Addr>,
     /// The port there, where it is another.
     pub to_port: Option<u16>,
     /// The sources that may use it; none given means all.
@@ -136,6 +139,8 @@ pub struct Forward {
 pub struct Asked {
     /// Who asks; none where that is not to count.
     pub source: Option<Ipv4Addr>,
+    /// The address that is asked; none where that is not to count.
+    pub destination: Option<Ipv4Addr>,
     pub protocol: u8,
     /// The destination port; none where the protocol has none.
     pub port: Option<u16>,
@@ -146,6 +151,7 @@ impl Forward {
     pub fn takes(&self, asked: Asked) -> bool {
         let Asked {
             source,
+            destination,
             protocol,
             port,
         } = asked;
@@ -156,12 +162,22 @@ impl Forward {
             .is_none_or(|ports| port.is_some_and(|port| ports.contains(port)));
         let takes_source = self.from.is_empty()
             || source.is_none_or(|source| self.from.iter().any(|from| from.contains(source)));
-        takes_protocol && takes_port && takes_source
+        let takes_destination = self
+            .address
+            .is_none_or(|address| destination.is_none_or(|asked| asked == address));
+        takes_protocol && takes_port && takes_source && takes_destination
     }
 
-    /// The host and the port there to which it sends a packet for this port.
-    pub fn target(&self, port: Option<u16>) -> (Ipv4Addr, Option<u16>) {
-        (self.to, self.to_port.or(port))
+    /// The host to which it sends a packet for this address of the router's, and the port there.
+    pub fn target(&self, asked: Ipv4Addr, port: Option<u16>) -> (Ipv4Addr, Option<u16>) {
+        (self.to.unwrap_or(asked), self.to_port.or(port))
+    }
+
+    /// Host and port, as in the configuration: `192.168.0.2:8080`, `192.168.0.2`, `:8443`.
+    pub fn destination(&self) -> String {
+        let host = self.to.map(|to| to.to_string()).unwrap_or_default();
+        self.to_port
+            .map_or(host.clone(), |port| format!("{host}:{port}"))
     }
 }
 
@@ -256,13 +272,14 @@ pub fn overlapping(forwards: &[Forward]) -> BTreeMap<usize, usize> {
 }
 
 /// Whether some packet fits two forwards with a port in common, and the order has not been said: what leaves `from`,
-/// `port` or the protocol open is the general, and what names it may stand ahead of that.
+/// `port`, `address` or the protocol open is the general, and what names it may stand ahead of that.
 fn overlap(earlier: &Forward, later: &Forward) -> bool {
     let open = |forward: &Forward| {
         [
             forward.protocols.is_empty(),
             forward.ports.is_none(),
             forward.from.is_empty(),
+            forward.address.is_none(),
         ]
     };
     let (above, below) = (open(earlier), open(later));
@@ -275,5 +292,7 @@ fn overlap(earlier: &Forward, later: &Forward) -> bool {
     let is_from = |one: &Ipv4Network| later.from.iter().any(|two| one.overlaps(*two));
     let share_source =
         earlier.from.is_empty() || later.from.is_empty() || earlier.from.iter().any(is_from);
-    share_protocol && share_source && (widens || !narrows)
+    let addresses = earlier.address.zip(later.address);
+    let share_address = addresses.is_none_or(|(one, other)| one == other);
+    share_protocol && share_source && share_address && (widens || !narrows)
 }

@@ -11,8 +11,9 @@ use crate::model::names::{IfName, UplinkName};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UplinkLink {
     pub interface: IfName,
-    /// The address that entries are for.
+    /// The address that it goes by.
     pub address: Ipv4Addr,
+    /// All addresses that entries are for.
     pub addresses: Vec<Ipv4Addr>,
     /// Whether it carries traffic, so that a route can leave by it.
     pub state: LinkState,

@@ -132,14 +132,20 @@ fn closing_route(routing: &Routing) -> Route {
 /// 100: from X lookup 10 proto 109
 /// ```
 ///
-/// The first lets X answer the LAN itself. The second sends what comes in by the link, and is marked, to the LAN; it also
+/// The first and the last stand once for each address of the link. The first lets X answer the LAN itself. The second sends what comes in by the link, and is marked, to the LAN; it also
 /// answers when the reverse path filter of the LAN's interface looks the way back up (`fib_validate_source`,
 /// net/ipv4/fib_frontend.c: with the link as iif). The third sends replies back by the link, whatever interface they come
 /// in by, and tells the link's own reverse path filter that the way back is by the link.
 fn route_rules(config: &Config, up: &Up, routing: &Routing, state: &mut State) {
     let priority = &config.priority;
-    let address = up.link.address.into();
-    to_lan(config, address, state);
+    for address in &up.link.addresses {
+        let address = Ipv4Network::from(*address);
+        to_lan(config, address, state);
+        state.rules.insert(RouteRule {
+            from: Some(address),
+            ..RouteRule::new(priority.source, routing.table)
+        });
+    }
     state.rules.insert(RouteRule {
         iif: Some(up.link.interface.to_string()),
         fwmark: Some(routing.mark),
@@ -148,10 +154,6 @@ fn route_rules(config: &Config, up: &Up, routing: &Routing, state: &mut State) {
     state.rules.insert(RouteRule {
         fwmark: Some(routing.mark),
         ..RouteRule::new(priority.mark, routing.table)
-    });
-    state.rules.insert(RouteRule {
-        from: Some(address),
-        ..RouteRule::new(priority.source, routing.table)
     });
 }
 
@@ -256,17 +258,19 @@ fn forwards(up: &Up, state: &mut State) {
 /// The last makes the server answer to the router, which turns the reply round again; to a host
 /// of its own LAN it would answer directly, from an address that was never asked.
 fn hairpin(config: &Config, up: &Up, state: &mut State) {
-    let (address, chain) = (up.link.address, up.name.chain());
+    let chain = up.name.chain();
     let mut add = |at, spec| state.add_rule(Table::Nat, up.name, at, Rule(spec));
-    add("OUTPUT", format!("-d {address}/32 -j {chain}"));
-    for lan in &config.lan.interfaces {
-        add("PREROUTING", format!("-d {address}/32 -i {lan} -j {chain}"));
-        for network in &config.lan.networks {
-            let spec = format!(
-                "-s {network} -o {lan} -m conntrack --ctstate DNAT --ctorigdst {address} \
-                 -m comment --comment {chain} -j MASQUERADE"
-            );
-            add("POSTROUTING", spec);
+    for address in &up.link.addresses {
+        add("OUTPUT", format!("-d {address}/32 -j {chain}"));
+        for lan in &config.lan.interfaces {
+            add("PREROUTING", format!("-d {address}/32 -i {lan} -j {chain}"));
+            for network in &config.lan.networks {
+                let spec = format!(
+                    "-s {network} -o {lan} -m conntrack --ctstate DNAT --ctorigdst {address} \
+                     -m comment --comment {chain} -j MASQUERADE"
+                );
+                add("POSTROUTING", spec);
+            }
         }
     }
 }
@@ -280,7 +284,9 @@ fn hairpin(config: &Config, up: &Up, state: &mut State) {
 /// The last is for a hairpin, whose packets come from the LAN in both directions.
 fn accept_forward(config: &Config, up: &Up, state: &mut State) {
     let UplinkLink {
-        interface, address, ..
+        interface,
+        addresses,
+        ..
     } = up.link;
     let mut accept = |which: String| {
         let spec = format!("{which} -m comment --comment {} -j ACCEPT", up.name.chain());
@@ -289,9 +295,11 @@ fn accept_forward(config: &Config, up: &Up, state: &mut State) {
     accept(format!("-i {interface} -m conntrack --ctstate DNAT"));
     accept(format!("-o {interface} -m conntrack --ctstate DNAT"));
     for lan in config.lan.interfaces.iter().filter(|_| up.uplink.hairpin) {
-        accept(format!(
-            "-i {lan} -m conntrack --ctstate DNAT --ctorigdst {address}"
-        ));
+        for address in addresses {
+            accept(format!(
+                "-i {lan} -m conntrack --ctstate DNAT --ctorigdst {address}"
+            ));
+        }
     }
 }
 

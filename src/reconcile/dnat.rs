@@ -115,6 +115,9 @@ fn rule(source: Option<&Ipv4Network>, protocol: Option<&Protocol>, forward: &For
     if let Some(source) = source {
         let _ = write!(spec, "-s {source} ");
     }
+    if let Some(address) = forward.address {
+        let _ = write!(spec, "-d {address}/32 ");
+    }
     let _ = match (protocol, forward.ports) {
         (None, _) => Ok(()),
         // iptables knows its name from /etc/protocols only, which need not be there.
@@ -125,10 +128,7 @@ fn rule(source: Option<&Ipv4Network>, protocol: Option<&Protocol>, forward: &For
             write!(spec, "-p {protocol} -m {protocol} --dport {ports} ")
         }
     };
-    let _ = write!(spec, "-j DNAT --to-destination {}", forward.to);
-    if let Some(port) = forward.to_port {
-        let _ = write!(spec, ":{port}");
-    }
+    let _ = write!(spec, "-j DNAT --to-destination {}", forward.destination());
     Rule(spec)
 }
 
@@ -139,6 +139,10 @@ pub fn parse(rule: &Rule) -> Option<Forward> {
         Some((to, port)) => (to, Some(port.parse().ok()?)),
         None => (destination, None),
     };
+    let to = Some(to).filter(|to| !to.is_empty());
+    let address = rule
+        .value("-d")
+        .map(|address| address.trim_end_matches("/32"));
     let ports = match rule.value("--dport") {
         Some(text) => {
             let (first, last) = text.split_once(':').unwrap_or((text, text));
@@ -155,7 +159,8 @@ pub fn parse(rule: &Rule) -> Option<Forward> {
     Some(Forward {
         protocols: protocols.collect::<Option<_>>()?,
         ports,
-        to: to.parse().ok()?,
+        address: address.map(str::parse).transpose().ok()?,
+        to: to.map(str::parse).transpose().ok()?,
         to_port,
         from: from?,
     })

@@ -8,8 +8,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::config::Identity;
-use crate::model::names::IfName;
+use crate::config::{Config, Identity, Uplink};
+use crate::model::names::{IfName, UplinkName};
 
 /// Which of pppd's scripts makes the call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +97,7 @@ impl Event {
             ipparam: text(ipparam.or_else(|| variable("PPP_IPPARAM"))),
             linkname: text(variable("LINKNAME")),
             peer: text(variable("CALL_FILE")),
+            address: local,
         };
         Ok(Self {
             direction,
@@ -104,6 +105,26 @@ impl Event {
             identity,
             local,
         })
+    }
+}
+
+impl Event {
+    /// Why the link is not the uplink that it looks like: it has come with another address than the uplink's.
+    pub fn other_address(&self, config: &Config) -> Option<String> {
+        let is_other = |(_, uplink): &(&UplinkName, &Uplink)| {
+            let mut identity = uplink.identity.clone();
+            let address = identity.address.take();
+            identity != Identity::default()
+                && identity.matches(&self.identity)
+                && address.is_some()
+                && address != self.local
+        };
+        let (name, uplink) = config.uplinks.iter().find(is_other)?;
+        let (local, own) = self.local.zip(uplink.identity.address)?;
+        Some(format!(
+            "{} has come up with the address {local}, so it is not {name}, whose address is {own}",
+            self.interface
+        ))
     }
 }
 

@@ -31,7 +31,7 @@ const CHAIN_FORMS: [&str; 5] = [
     "-t mangle -m connmark --mark * -j CONNMARK --restore-mark --nfmask * --ctmask *",
     // Written by version 0.1.0: `mh-isp0 rp_filter was 1`.
     "-t mangle -m comment --comment *",
-    "-t nat [-s *] [-p *] [-m * --dport *] -j DNAT --to-destination *",
+    "-t nat [-s *] [-d *] [-p *] [-m * --dport *] -j DNAT --to-destination *",
     "-t nat -p * -m * --dport * -j {chain}",
 ];
 

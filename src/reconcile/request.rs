@@ -156,6 +156,14 @@ impl Request {
             let mut bound = seen.owners.bound_to(interface);
             bound.retain(|name| config.uplinks.contains_key(name));
             names.extend(bound.iter().cloned());
+            let held = config.uplinks.iter().filter(|(_, uplink)| {
+                holder(&uplink.identity, config, seen).as_ref() == Some(interface)
+            });
+            let held: Vec<UplinkName> = held.map(|(name, _)| name.clone()).collect();
+            names.extend(held.iter().cloned());
+            if matches!(self, Self::Up { uplink: None, .. }) {
+                chosen.extend(held);
+            }
             binds = self.binds(&bound, &chosen, seen.links);
             if let Self::Up { uplink: None, .. } = self {
                 // An uplink that is known by the interface alone is certain; otherwise the installed entries decide.
@@ -181,6 +189,7 @@ impl Request {
                 named.filter(|named| may_be(&uplink.identity, named))
             };
             let interface = match self.interface().filter(|_| binds) {
+                _ if uplink.identity.address.is_some() => self.by_address(&name, config, seen)?,
                 Some(interface) if chosen.contains(&name) => Some(interface.clone()),
                 // Its entries name the interface, but the call is for another uplink: look at its configured interface.
                 Some(interface) => alone.filter(|own| own != interface),
@@ -202,26 +211,41 @@ impl Request {
 
     /// A warning for a person who may have overlooked something.
     pub fn doubts(&self, config: &Config, links: &UplinkLinks) -> Option<String> {
-        let Self::Up {
-            interface, local, ..
-        } = self
-        else {
+        let interface = match self {
+            Self::Up { interface, .. } => interface,
+            Self::Event(event) => return event.other_address(config),
+            Self::Down { .. } | Self::Sync => return None,
+        };
+        if links.values().any(Option::is_some) {
             return None;
-        };
-        let mut up = links
-            .iter()
-            .filter_map(|(name, link)| Some((name, link.as_ref()?)));
-        let Some((name, link)) = up.next() else {
-            let mut uplinks = config.uplinks.iter();
-            let (name, _) = uplinks.find(|(_, uplink)| uplink.identity.interface.is_none())?;
-            return Some(format!(
-                "nothing tells whose link {interface} is: if it is {name}'s, say --uplink {name}"
-            ));
-        };
-        let missing = local.filter(|local| !link.addresses.contains(local))?;
+        }
+        let mut uplinks = config.uplinks.iter();
+        let (name, _) = uplinks.find(|(_, uplink)| uplink.identity.interface.is_none())?;
         Some(format!(
-            "{name}: {interface} does not have the address {missing}"
+            "nothing tells whose link {interface} is: if it is {name}'s, say --uplink {name}"
         ))
+    }
+
+    /// The interface of an uplink that is known by its address.
+    /// Errors: a person says that it is at an interface that does not have the address.
+    fn by_address(
+        &self,
+        name: &UplinkName,
+        config: &Config,
+        seen: &Seen,
+    ) -> Result<Option<IfName>> {
+        let identity = &config.uplinks[name].identity;
+        let holder = holder(identity, config, seen);
+        if let (Self::Up { interface, .. }, Some(address)) = (self, identity.address)
+            && holder.as_ref() != Some(interface)
+            && self.named(config)?.contains(&name)
+        {
+            bail!("{interface} does not have {address}, the address of {name}");
+        }
+        Ok(match self {
+            Self::Down { interface } if holder.as_ref() == Some(interface) => None,
+            _ => holder,
+        })
     }
 
     /// Whether the request tells to which uplink the interface belongs now. An ip-down does not: it may be late. An ip-up may
@@ -278,41 +302,71 @@ impl Request {
             }
             _ => return Ok(None),
         };
-        let Some(address) = self.address(link, uplink, by_hand, seen) else {
+        if link.addresses.is_empty() {
             ensure!(
                 !by_hand,
-                "{interface} has no IPv4 address: is pppd done? see ip address show {interface}, or give --local ADDR"
+                "{interface} has no IPv4 address: is pppd done? see ip address show {interface}"
             );
             return Ok(None);
+        }
+        let check = |address: &Ipv4Addr| {
+            let has = |(name, other): (&String, &Link)| {
+                name != interface.as_str() && other.addresses.contains(address)
+            };
+            // An unnumbered link has the address of the router's LAN side (RFC 1812, 2.2.7).
+            let lan = match seen.links.iter().any(has) {
+                true => &[][..],
+                false => &config.lan.networks,
+            };
+            check_local(*address, lan).with_context(|| interface.to_string())
         };
-        check_local(address, &config.lan.networks).with_context(|| interface.to_string())?;
+        let (addresses, refused): (Vec<Ipv4Addr>, Vec<Ipv4Addr>) =
+            link.addresses.iter().partition(|it| check(it).is_ok());
+        if let Some(local) = self.local().filter(|_| by_hand) {
+            check(&local)?;
+            let all: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            ensure!(
+                addresses.contains(&local),
+                "{interface} does not have the address {local}, but {}",
+                all.join(", ")
+            );
+        }
+        let Some(address) = self.address(&addresses, uplink, seen) else {
+            return refused
+                .first()
+                .map_or(Ok(None), |it| check(it).map(|()| None));
+        };
         Ok(Some(UplinkLink {
             interface: interface.clone(),
             address,
-            addresses: link.addresses.clone(),
+            addresses,
             state,
             mtu: link.mtu,
         }))
     }
 
-    /// The address to make entries for. If the link has several: the one in the call, or else one that has entries already,
-    /// or else the first.
-    fn address(
-        &self,
-        link: &Link,
-        uplink: &Uplink,
-        by_hand: bool,
-        seen: &Seen,
-    ) -> Option<Ipv4Addr> {
-        if let Some(local) = self.local().filter(|_| by_hand) {
-            return Some(local);
-        }
+    /// The address that the link goes by. If it has several: the uplink's, or else the one in the call, or else one that has
+    /// entries already, or else the first.
+    fn address(&self, all: &[Ipv4Addr], uplink: &Uplink, seen: &Seen) -> Option<Ipv4Addr> {
         let table = uplink.routing.as_ref().map(|routing| routing.table);
         let rules = seen.installed.rules.iter();
         let rules = rules.filter(|rule| table.is_some() && rule.table() == table);
         let sources = rules.filter_map(|rule| rule.from).map(|from| from.ip());
-        link.address(self.local().into_iter().chain(sources))
+        let known = uplink.identity.address.into_iter().chain(self.local());
+        let mut preferred = known.chain(sources).chain(all.first().copied());
+        preferred.find(|address| all.contains(address))
     }
+}
+
+/// The interface that has the address by which an uplink is known: not one of the LAN, where an unnumbered link's address is,
+/// too.
+fn holder(identity: &Identity, config: &Config, seen: &Seen) -> Option<IfName> {
+    let address = identity.address?;
+    let links = seen.links.iter();
+    let mut names = links
+        .filter(|(_, link)| link.addresses.contains(&address))
+        .filter_map(|(name, _)| IfName::parse(name).ok());
+    names.find(|name| may_be(identity, name) && !config.lan.interfaces.contains(name))
 }
 
 /// Whether an uplink can have this interface.

@@ -55,7 +55,6 @@ impl<'a> Judges<'a> {
             };
             let masquerades = |state| masquerades(name, state);
             judges.push(Judge {
-                address: Some(link.address),
                 addresses: &link.addresses,
                 lan: &config.lan.networks,
                 // Without hairpin, the LAN's packets to the address are for the router itself.
@@ -75,7 +74,6 @@ impl<'a> Judges<'a> {
             .filter(|name| !config.uplinks.contains_key(name))
         {
             judges.push(Judge {
-                address: None,
                 addresses: &[],
                 lan: &config.lan.networks,
                 for_lan: true,
@@ -94,11 +92,10 @@ impl<'a> Judges<'a> {
         let mut filters = BTreeSet::new();
         for judge in &self.0 {
             filters.insert(Filter::DestinationNat);
-            let untranslated = match judge.masqueraded_now {
-                Some(_) => Some(Filter::NoNat),
-                None => judge.address.map(Filter::To),
-            };
-            filters.extend(untranslated);
+            match judge.masqueraded_now {
+                Some(_) => _ = filters.insert(Filter::NoNat),
+                None => filters.extend(judge.addresses.iter().copied().map(Filter::To)),
+            }
             let former = judge.old_mark.filter(|mark| Some(*mark) != judge.mark);
             filters.extend(former.map(Filter::Marked));
         }
@@ -140,9 +137,7 @@ fn mark(name: &UplinkName, state: &State) -> Option<FwMark> {
 /// What decides whether a flow contradicts one uplink's change.
 #[derive(Debug)]
 struct Judge<'a> {
-    /// The uplink's address after the change. None if the uplink is no longer configured.
-    address: Option<Ipv4Addr>,
-    /// All addresses of the uplink's link.
+    /// The addresses of the uplink's link after the change. None if the uplink is no longer configured.
     addresses: &'a [Ipv4Addr],
     lan: &'a [Ipv4Network],
     for_lan: bool,
@@ -172,13 +167,12 @@ impl Judge<'_> {
         let was = || target(&self.old, flow);
         let is = || target(&self.new, flow).filter(|_| self.for_lan || !is_lan(original.source));
         let marked = |mark: Option<FwMark>| mark.is_some_and(|mark| mark.matches(flow.mark));
-        if self.address != Some(original.destination) {
+        if !self.addresses.contains(&original.destination) {
             // A former address of the uplink, if the flow came by this uplink or from the LAN and goes to the target of
-            // one of our forwards. The link's other present addresses are not former ones.
+            // one of our forwards.
             let ours = marked(self.mark) || marked(self.old_mark) || is_lan(original.source);
             let forwarded = || was() == Some(actual) || target(&self.new, flow) == Some(actual);
-            let is_former = !self.addresses.contains(&original.destination);
-            return ours && is_former && actual != asked && forwarded();
+            return ours && actual != asked && forwarded();
         }
         if self.old_mark != self.mark && marked(self.old_mark) {
             return true;
@@ -207,5 +201,6 @@ impl Judge<'_> {
 /// The target of the first forward that takes the flow.
 fn target(forwards: &ForwardIndex, flow: &Flow) -> Option<Target> {
     let asked = flow.asked();
-    Some(forwards.first(asked)?.target(asked.port))
+    let forward = forwards.first(asked)?;
+    Some(forward.target(flow.original.destination, asked.port))
 }

@@ -51,35 +51,33 @@ pub fn expect(world: &World, call: &Call) -> Expected {
         ours: world.ours.to_vec(),
         ..Expected::default()
     };
-    let local = match call {
-        Call::Event(Direction::Down, ..) | Call::Down(_) | Call::Sync => None,
-        Call::Event(_, _, local) | Call::Up(_, local) => *local,
-    };
-    if local.is_some_and(is_lan) {
-        return unchanged(2);
-    }
-    let mut outcome = BTreeMap::new();
-    for uplink in in_question(world, config, call) {
-        match address(world, call, uplink, local) {
-            Ok(address) if address.is_some_and(is_lan) => return unchanged(1),
-            Ok(address) => outcome.insert(uplink.name.as_str(), address),
-            Err(NotUp) => return unchanged(1),
-        };
-    }
     let mut expected = Expected::default();
+    let mut outcome = BTreeSet::new();
     let mut wanted = Vec::new();
-    for (name, address) in &outcome {
-        if let (Some(uplink), Some(address)) = (config.uplink(name), address) {
-            let link = &world.links[uplink.interface.as_str()];
-            wanted.extend(entries(config, uplink, link, *address));
-            if let Some(table) = uplink.table {
-                expected
-                    .filled
-                    .insert(table.to_string(), uplink.name.clone());
+    for uplink in in_question(world, config, call) {
+        outcome.insert(uplink.name.as_str());
+        let lines = match addresses(world, call, uplink) {
+            Ok(addresses) => desired(world, config, uplink, &addresses),
+            // One that can't be used does not keep the others from it.
+            Err(NotUsable) if matches!(call, Call::Sync) => {
+                expected.status = 1;
+                desired(world, config, uplink, &[])
             }
+            Err(NotUsable) => return unchanged(1),
+        };
+        let frees_pins = matches!(call, Call::Down(_));
+        let is_up = matches!(addresses(world, call, uplink), Ok(found) if !found.is_empty());
+        if frees_pins && !is_up {
+            continue;
         }
+        if let Some(table) = uplink.table.filter(|_| !lines.is_empty()) {
+            expected
+                .filled
+                .insert(table.to_string(), uplink.name.clone());
+        }
+        wanted.extend(lines);
     }
-    let stays = |name: &str| config.uplink(name).is_some() && !outcome.contains_key(name);
+    let stays = |name: &str| config.uplink(name).is_some() && !outcome.contains(name);
     keep(world, Some(config), stays, wanted, call, &mut expected);
     for uplink in config.uplinks.iter().filter(|uplink| stays(&uplink.name)) {
         untouched(world, config, uplink, &mut expected);
@@ -116,56 +114,62 @@ fn bound(ours: &[String], interface: &str) -> BTreeSet<String> {
     names.collect()
 }
 
-struct NotUp;
+/// A link that a person says is up, and is not; or one that has no address but those of the LAN.
+struct NotUsable;
 
-/// The address that the uplink should have entries for; none where it should have no entries.
-fn address(
-    world: &World,
-    call: &Call,
-    uplink: &Uplink,
-    local: Option<Ipv4Addr>,
-) -> Result<Option<Ipv4Addr>, NotUp> {
+/// The addresses that the uplink should have entries for; none where its link is down.
+fn addresses(world: &World, call: &Call, uplink: &Uplink) -> Result<Vec<Ipv4Addr>, NotUsable> {
     let link = world.links.get(uplink.interface.as_str());
-    match call {
-        Call::Down(interface) if *interface == uplink.interface => return Ok(None),
-        Call::Up(interface, _) if *interface == uplink.interface => {
-            let link = link.filter(|link| link.up).ok_or(NotUp)?;
-            let address = local.or(chosen(world, uplink, link, None));
-            return address.map(Some).ok_or(NotUp);
-        }
-        _ => {}
+    let is_its = |interface: &str| interface == uplink.interface;
+    let by_hand = match call {
+        Call::Down(interface) if is_its(interface) => return Ok(Vec::new()),
+        Call::Up(interface, local) if is_its(interface) => Some(local),
+        _ => None,
+    };
+    let is_about_to_be_up =
+        matches!(call, Call::Event(Direction::PreUp, interface, _) if is_its(interface));
+    let all = link.filter(|link| link.up || is_about_to_be_up);
+    let all = all.map(|link| &link.addresses[..]).unwrap_or_default();
+    let usable = all.iter().copied().filter(|it| !is_lan(*it));
+    let usable: Vec<Ipv4Addr> = usable.collect();
+    if !all.is_empty() && usable.is_empty() {
+        return Err(NotUsable);
     }
-    let is_about_to_be_up = matches!(call, Call::Event(Direction::PreUp, interface, _)
-        if *interface == uplink.interface);
-    let link = link.filter(|link| link.up || is_about_to_be_up);
-    Ok(link.and_then(|link| chosen(world, uplink, link, local)))
+    match by_hand {
+        Some(Some(local)) if !usable.contains(local) => Err(NotUsable),
+        Some(_) if usable.is_empty() => Err(NotUsable),
+        _ => Ok(usable),
+    }
 }
 
-/// Of a link's addresses the one that pppd names, else the one that has entries, else the first.
-fn chosen(
-    world: &World,
-    uplink: &Uplink,
-    link: &Link,
-    local: Option<Ipv4Addr>,
-) -> Option<Ipv4Addr> {
-    let rules = world.ours.iter().filter(|line| line.starts_with("rule "));
-    let mut standing: Vec<(u32, Ipv4Addr)> = rules
-        .filter(|line| {
-            uplink
-                .table
-                .is_some_and(|own| table(line) == own.to_string())
-        })
-        .filter_map(|line| {
-            let priority = line["rule ".len()..].split(':').next()?.parse().ok()?;
-            Some((priority, value(line, "from")?.parse().ok()?))
-        })
-        .collect();
-    standing.sort();
-    let standing = standing.into_iter().map(|(_, address)| address);
-    let mut preferred = local.into_iter().chain(standing);
-    preferred
-        .find(|address| link.addresses.contains(address))
-        .or(link.addresses.first().copied())
+/// The entries of an uplink whose link has these addresses, or none.
+fn desired(world: &World, config: &Config, uplink: &Uplink, addresses: &[Ipv4Addr]) -> Vec<String> {
+    match world.links.get(uplink.interface.as_str()) {
+        Some(link) if !addresses.is_empty() => entries(config, uplink, link, addresses),
+        _ => closed(config, uplink),
+    }
+}
+
+/// What keeps pinned hosts from other links while theirs is down.
+fn closed(config: &Config, uplink: &Uplink) -> Vec<String> {
+    let mut lines = Vec::new();
+    let Some(table) = uplink.table.filter(|_| uplink.pins > 0) else {
+        return lines;
+    };
+    lines.push(format!(
+        "route unreachable default table {table} proto 109 metric 4278198272"
+    ));
+    for from in PINS.into_iter().take(uplink.pins) {
+        for network in NETWORKS.into_iter().take(config.networks) {
+            let local = config.priority;
+            lines.push(format!(
+                "rule {local}:\tfrom {from} to {network} lookup main proto 109"
+            ));
+        }
+        let pin = config.priority + 3;
+        lines.push(format!("rule {pin}:\tfrom {from} lookup {table} proto 109"));
+    }
+    lines
 }
 
 fn is_lan(address: Ipv4Addr) -> bool {
@@ -202,11 +206,8 @@ fn without_configuration(world: &World, call: &Call) -> Expected {
 
 /// What another uplink should have, and has, is there after the call.
 fn untouched(world: &World, config: &Config, uplink: &Uplink, expected: &mut Expected) {
-    let Ok(Some(address)) = address(world, &Call::Sync, uplink, None) else {
-        return;
-    };
-    let link = &world.links[uplink.interface.as_str()];
-    for line in entries(config, uplink, link, address) {
+    let addresses = addresses(world, &Call::Sync, uplink).unwrap_or_default();
+    for line in desired(world, config, uplink, &addresses) {
         if expected.doubtful.remove(&line) {
             expected.ours.push(line);
         }
@@ -328,7 +329,7 @@ pub const FORWARDS: [(&str, &[&str]); 4] = [
 ];
 
 /// The entries of an uplink whose link is up, or about to be.
-fn entries(config: &Config, uplink: &Uplink, link: &Link, address: Ipv4Addr) -> Vec<String> {
+fn entries(config: &Config, uplink: &Uplink, link: &Link, addresses: &[Ipv4Addr]) -> Vec<String> {
     let Uplink {
         name, interface, ..
     } = uplink;
@@ -356,7 +357,9 @@ fn entries(config: &Config, uplink: &Uplink, link: &Link, address: Ipv4Addr) -> 
         ));
         for network in networks() {
             let to_lan = format!("to {network} lookup main proto 109");
-            add(format!("rule {local}:\tfrom {address} {to_lan}"));
+            for address in addresses {
+                add(format!("rule {local}:\tfrom {address} {to_lan}"));
+            }
             for from in PINS.into_iter().take(uplink.pins) {
                 add(format!("rule {local}:\tfrom {from} {to_lan}"));
             }
@@ -367,9 +370,11 @@ fn entries(config: &Config, uplink: &Uplink, link: &Link, address: Ipv4Addr) -> 
         add(format!(
             "rule {by_mark}:\tfrom all fwmark {mark} lookup {table} proto 109"
         ));
-        add(format!(
-            "rule {source}:\tfrom {address} lookup {table} proto 109"
-        ));
+        for address in addresses {
+            add(format!(
+                "rule {source}:\tfrom {address} lookup {table} proto 109"
+            ));
+        }
         for from in PINS.into_iter().take(uplink.pins) {
             add(format!("rule {pin}:\tfrom {from} lookup {table} proto 109"));
         }
@@ -401,7 +406,7 @@ fn entries(config: &Config, uplink: &Uplink, link: &Link, address: Ipv4Addr) -> 
         add(format!(
             "nat -A PREROUTING -i {interface} -m addrtype --dst-type LOCAL -j mh-{name}"
         ));
-        if uplink.hairpin {
+        for address in addresses.iter().filter(|_| uplink.hairpin) {
             add(format!("nat -A OUTPUT -d {address}/32 -j mh-{name}"));
         }
         let dnat = "-m conntrack --ctstate DNAT";
@@ -412,7 +417,8 @@ fn entries(config: &Config, uplink: &Uplink, link: &Link, address: Ipv4Addr) -> 
                 ));
             }
         }
-        for lan in lans().filter(|_| uplink.hairpin) {
+        let pairs = lans().flat_map(|lan| addresses.iter().map(move |address| (lan, address)));
+        for (lan, address) in pairs.filter(|_| uplink.hairpin) {
             add(format!(
                 "nat -A PREROUTING -d {address}/32 -i {lan} -j mh-{name}"
             ));

@@ -52,7 +52,8 @@ pub fn check(view: &View, targets: &Targets) -> Vec<Finding> {
         let mut dropped = Dropped::default();
         let mut reported = BTreeSet::new();
         for forward in &uplink.forwards {
-            let Some(Ok(way)) = targets.get(&forward.to) else {
+            let (host, _) = forward.target(link.address, None);
+            let Some(Ok(way)) = targets.get(&host) else {
                 continue;
             };
             let protocols = forward.protocols.iter().copied().map(Some);
@@ -207,9 +208,10 @@ impl Case<'_> {
             self.judge("request's", request.mark, &passages)?;
         }
         connection.is_dnat = true;
-        request.header.destination = Some(self.forward.to);
-        request.header.destination_port =
-            self.forward.target(connection.original.destination_port).1;
+        let port = connection.original.destination_port;
+        let (host, port) = self.forward.target(self.link.address, port);
+        request.header.destination = Some(host);
+        request.header.destination_port = port;
         request.oif = lan.clone();
         let hooks: &[Hook] = match &lan {
             Some(_) => &[Hook::Forward, Hook::Postrouting],
@@ -231,7 +233,7 @@ impl Case<'_> {
         let first = lan.as_ref().map_or(Hook::Output, |_| Hook::Prerouting);
         let passages = [pass(first, &mut reply, connection)?];
         // Replies from the uplink's address need no mark.
-        if self.forward.to != self.link.address {
+        if host != self.link.address {
             self.judge("reply's", reply.mark, &passages)?;
         }
         reply.oif = Some(uplink);

@@ -44,11 +44,14 @@ pub fn check(view: &View) -> Vec<Finding> {
 fn forward(uplink: &Uplink, protocol: Protocol, port: u16) -> Option<&Forward> {
     let asked = Asked {
         source: None,
+        destination: None,
         protocol: protocol.number(),
         port: Some(port),
     };
     let mut forwards = uplink.forwards.iter();
-    forwards.find(|forward| forward.takes(asked) && forward.from.is_empty())
+    forwards.find(|forward| {
+        forward.takes(asked) && forward.from.is_empty() && forward.address.is_none()
+    })
 }
 
 /// Ports that two uplinks forward to different places.
@@ -78,7 +81,7 @@ fn differences(view: &View) -> Vec<Finding> {
     findings
 }
 
-type Target = (Ipv4Addr, u16);
+type Target = (Option<Ipv4Addr>, u16);
 
 /// The target of each port that a forward for all sources names: the first forward takes it. Forwards of all ports are
 /// left out, since they take what the others leave.

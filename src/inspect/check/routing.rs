@@ -26,8 +26,14 @@ pub type Targets = BTreeMap<Ipv4Addr, Result<RouteLookup, String>>;
 /// Looks up the routes to the forwards' targets.
 /// Errors: the kernel's answer can't be read.
 pub fn targets(view: &View) -> Result<Targets> {
-    let forwards = view.serving().flat_map(|(_, uplink)| &uplink.forwards);
-    let targets: BTreeSet<Ipv4Addr> = forwards.map(|forward| forward.to).collect();
+    let forwards = view.serving_links().flat_map(|(_, uplink, link)| {
+        let forwards = uplink.forwards.iter();
+        forwards.map(|forward| forward.target(link.address, None).0)
+    });
+    // Those of links that are down are told, too.
+    let hosts = view.serving().flat_map(|(_, uplink)| &uplink.forwards);
+    let hosts = hosts.filter_map(|forward| forward.to);
+    let targets: BTreeSet<Ipv4Addr> = forwards.chain(hosts).collect();
     let targets = targets.into_iter().take(MAX_TARGETS);
     targets
         .map(|target| Ok((target, lookup(view, target)?)))
@@ -44,7 +50,7 @@ fn lookup(view: &View, target: Ipv4Addr) -> Result<Result<RouteLookup, String>> 
     for (_, uplink, link) in view.serving_links() {
         let mut forwards = uplink.forwards.iter();
         if let Some(routing) = &uplink.routing
-            && forwards.any(|forward| forward.to == target)
+            && forwards.any(|forward| forward.to == Some(target))
         {
             let question = format!(
                 "{target} from {OUTSIDE} iif {} mark {:#x}",
@@ -74,7 +80,7 @@ pub fn check(view: &View, targets: &Targets) -> Result<Vec<Finding>> {
     let arp = arp.unwrap_or_default();
     for (name, uplink) in view.serving() {
         let mut faults: BTreeMap<Fault, Vec<Ipv4Addr>> = BTreeMap::new();
-        let of_uplink: BTreeSet<Ipv4Addr> = uplink.forwards.iter().map(|it| it.to).collect();
+        let of_uplink: BTreeSet<Ipv4Addr> = uplink.forwards.iter().filter_map(|it| it.to).collect();
         for target in of_uplink {
             let way = targets.get(&target);
             if let Some(fault) = way.and_then(|way| fault(view, &arp, target, way)) {
@@ -194,17 +200,18 @@ fn replies(
     let mut seen = BTreeSet::new();
     let mut lost: BTreeMap<(String, &str), Vec<Ipv4Addr>> = BTreeMap::new();
     for forward in &uplink.forwards {
-        let way = targets.get(&forward.to);
+        let Some(to) = forward.to else { continue };
+        let way = targets.get(&to);
         let Some(Ok(way)) = way.filter(|way| reaches_lan(view, way)) else {
             continue;
         };
-        if way.is_local || !seen.insert(forward.to) {
+        if way.is_local || !seen.insert(to) {
             continue;
         }
         let outside = forward.from.first().map_or(OUTSIDE, |from| from.ip());
         let question = format!(
             "{outside} from {} iif {} mark {:#x}",
-            forward.to, way.dev, routing.mark.value
+            to, way.dev, routing.mark.value
         );
         let answer = match view.snapshot.route_get(&question)? {
             Ok(answer) if answer.dev == interface => continue,
@@ -212,7 +219,7 @@ fn replies(
             Err(words) => words,
         };
         let same = lost.entry((answer, &way.dev)).or_default();
-        same.push(forward.to);
+        same.push(to);
     }
     for ((answer, dev), targets) in lost {
         let ahead = Ahead {

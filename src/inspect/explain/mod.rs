@@ -184,6 +184,7 @@ impl Service {
     pub fn asked_by(self, source: Option<Ipv4Addr>) -> Asked {
         Asked {
             source,
+            destination: None,
             protocol: self.protocol.number(),
             port: self.port,
         }
