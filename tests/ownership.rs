@@ -44,11 +44,12 @@ const FORWARDS: [&str; 3] = [
 ];
 
 /// The keys that [`config`] writes, or that need no other value to be tried: whoever adds one adds it there, too.
-const TRIED: [&str; 12] = [
+const TRIED: [&str; 13] = [
     "interface",
     "ipparam",
     "linkname",
     "peer",
+    "address",
     "table",
     "mark",
     "masquerade",
