@@ -23,6 +23,7 @@ use mh_hook::inspect::snapshot::Snapshot;
 use mh_hook::inspect::status::{Status, status};
 use mh_hook::kernel::iptables_save::Ruleset;
 use mh_hook::kernel::observe::Kernel;
+use mh_hook::kernel::pppd;
 use mh_hook::kernel::root::Root;
 use mh_hook::kernel::tools::Tools;
 
@@ -132,6 +133,7 @@ impl Case {
             routing: listing::routing(&read("routing")),
             ruleset: Ruleset::parse(&read("iptables-save")).expect("rules"),
             links: listing::links(&read("links")),
+            dialled: pppd::dialled(&root),
         };
         let config = root.read("/etc/mh-hook.toml").expect("a configuration");
         let config = Config::parse(&config).map_err(|problems| {

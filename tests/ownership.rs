@@ -201,6 +201,7 @@ fn kernel(uplinks: &[Uplink], state: &State) -> Kernel {
             routes: state.routes.iter().cloned().collect(),
         },
         ruleset: Ruleset::parse(&save).expect("a listing"),
+        dialled: Vec::new(),
         links,
     }
 }

@@ -40,6 +40,7 @@ impl Case {
                 routing: listing::routing(&read("routing")),
                 ruleset: ruleset.expect("what iptables-save prints"),
                 links: listing::links(&read("links")),
+                dialled: Vec::new(),
             },
             request: request(read("request").trim()),
         }
@@ -116,6 +117,7 @@ fn the_parts_of_all_uplinks_and_the_orphans_make_up_the_plan_of_sync() {
             owners: &owners,
             installed: &installed,
             links: &case.kernel.links,
+            dialled: &[],
         };
         let (links, _) = Request::Sync.links(config, &seen).expect("the links");
         let (parts, orphans) = parts(config, &owners, &installed, &links);

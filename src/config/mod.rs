@@ -6,7 +6,6 @@ mod parse;
 mod values;
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
 use std::path::Path;
 
 use anyhow::Result;
@@ -17,6 +16,7 @@ pub use file::Source;
 pub use parse::KEYS;
 
 use crate::model::forward::Forward;
+pub use crate::model::link::Identity;
 use crate::model::names::{IfName, UplinkName};
 use crate::model::route::{FwMark, TableId};
 
@@ -82,46 +82,6 @@ pub struct Routing {
     pub mark: FwMark,
 }
 
-/// How an uplink is recognized in pppd's calls: at least one of these is given, and all that are given must match.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Identity {
-    pub interface: Option<IfName>,
-    pub ipparam: Option<String>,
-    pub linkname: Option<String>,
-    /// The name in `pppd call NAME`.
-    pub peer: Option<String>,
-    /// An address of the link, which the kernel tells, whatever unit pppd gave it.
-    pub address: Option<Ipv4Addr>,
-}
-
-impl Identity {
-    /// Whether a call has all that is given here.
-    pub fn matches(&self, call: &Self) -> bool {
-        let fits =
-            |given: &Option<String>, called: &Option<String>| given.is_none() || given == called;
-        (self.interface.is_none() || self.interface == call.interface)
-            && fits(&self.ipparam, &call.ipparam)
-            && fits(&self.linkname, &call.linkname)
-            && fits(&self.peer, &call.peer)
-            && (self.address.is_none() || self.address == call.address)
-    }
-
-    /// The interface, if nothing else is given that only a call by pppd tells.
-    pub fn interface_alone(&self) -> Option<&IfName> {
-        let Self {
-            interface,
-            ipparam: None,
-            linkname: None,
-            peer: None,
-            address: _,
-        } = self
-        else {
-            return None;
-        };
-        interface.as_ref()
-    }
-}
-
 impl Config {
     /// Reads and parses the file.
     /// Errors: as [`Source::read`] and [`Source::config`].
@@ -133,6 +93,12 @@ impl Config {
     /// Errors: all problems, in the order of the text.
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
         parse::parse(text)
+    }
+
+    /// Whether an uplink is known by what only pppd knows.
+    pub fn asks_pppd(&self) -> bool {
+        let mut identities = self.uplinks.values().map(|uplink| &uplink.identity);
+        identities.any(|it| it.interface_alone().is_none() && it.address.is_none())
     }
 
     /// The uplinks whose identity matches a call.

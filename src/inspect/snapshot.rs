@@ -1,5 +1,6 @@
 //! The kernel's state at one instant, foreign entries and ours, for the commands that only look. Changes nothing.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,15 +11,17 @@ use crate::inspect::packet_trace::TracedRuleset;
 use crate::kernel::ip::{self, RouteLookup};
 use crate::kernel::iptables_save::Ruleset;
 use crate::kernel::observe::{Kernel, has_tables};
+use crate::kernel::pppd;
 use crate::kernel::root::Root;
 use crate::kernel::routing::Whose;
 use crate::kernel::tools::{Backend, Counters, Tools};
 use crate::model::link::{Troubles, UplinkLinks};
+use crate::model::names::UplinkName;
 use crate::model::state::State;
 use crate::reconcile::desired::{Pins, desired_state};
 use crate::reconcile::diff::{Step, diff};
 use crate::reconcile::ownership::Owners;
-use crate::reconcile::request::{Request, Seen};
+use crate::reconcile::request::{Request, Seen, unknown};
 use crate::runtime::privilege::drop_all_but_needed;
 
 /// How long all questions together may take.
@@ -50,6 +53,8 @@ pub struct Comparison {
     pub links: UplinkLinks,
     /// The uplinks whose links can't be used.
     pub troubles: Troubles,
+    /// The uplinks of which nothing tells which link is theirs, while one is up that may be.
+    pub unknown: BTreeSet<UplinkName>,
     pub desired: State,
 }
 
@@ -64,7 +69,8 @@ impl Snapshot {
         let root = Root::system();
         let tools = Tools::find(Instant::now() + LIMIT)?;
         drop_all_but_needed(tools.backend);
-        let kernel = Kernel::read(&tools, Whose::Everybodys, Counters::Shown)?;
+        let mut kernel = Kernel::read(&tools, Whose::Everybodys, Counters::Shown)?;
+        kernel.dialled = pppd::dialled(&root);
         Self::new(root, tools, kernel)
     }
 
@@ -100,14 +106,17 @@ impl Snapshot {
             owners: &owners,
             installed: &installed,
             links: &self.kernel.links,
+            dialled: &self.kernel.dialled,
         };
         let (links, troubles) = Request::Sync.links(config, &seen)?;
+        let unknown = unknown(config, &links, &seen).into_keys().collect();
         let desired = desired_state(Some(config), &links, Pins::StayClosed, State::default());
         Ok(Comparison {
             owners,
             installed,
             links,
             troubles,
+            unknown,
             desired,
         })
     }

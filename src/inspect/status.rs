@@ -117,6 +117,7 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
         installed,
         links,
         troubles,
+        unknown,
         ..
     } = snapshot.compare(config)?;
     let (parts, orphans) = parts(config, &owners, &installed, &links);
@@ -134,6 +135,12 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
                 owners.interface_of(of, &installed),
                 troubles.get(of),
             ));
+            let own = uplinks.last_mut().expect("one was added");
+            match (own.link, unknown.contains(of)) {
+                (LinkState::Unknown, true) => own.in_step = false,
+                (LinkState::Unknown, false) => own.link = LinkState::Down,
+                _ => {}
+            }
         }
     }
     let orphans = name

@@ -7,6 +7,7 @@ pub mod link;
 pub mod listeners;
 pub mod netlink;
 pub mod observe;
+pub mod pppd;
 pub mod process;
 pub mod root;
 pub mod routing;

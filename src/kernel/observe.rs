@@ -11,6 +11,7 @@ use crate::kernel::link::{Link, Links};
 use crate::kernel::netlink;
 use crate::kernel::routing::{RoutingDump, Whose};
 use crate::kernel::tools::{Backend, Counters, Tools};
+use crate::model::link::Identity;
 
 /// The kernel's state, read at about one instant.
 #[derive(Clone, Debug, Default)]
@@ -19,6 +20,8 @@ pub struct Kernel {
     /// The iptables tables of the backend in use.
     pub ruleset: Ruleset,
     pub links: Links,
+    /// What the pppds that run were told, where that was asked for.
+    pub dialled: Vec<Identity>,
 }
 
 impl Kernel {
@@ -29,6 +32,7 @@ impl Kernel {
         Ok(Self {
             routing: RoutingDump::read(whose)?,
             links: Link::all()?,
+            dialled: Vec::new(),
             ruleset: Ruleset::parse(&save.answer()?)?,
         })
     }

@@ -8,6 +8,46 @@ use ipnetwork::Ipv4Network;
 
 use crate::model::names::{IfName, UplinkName};
 
+/// How an uplink is recognized in pppd's calls: at least one of these is given, and all that are given must match.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    pub interface: Option<IfName>,
+    pub ipparam: Option<String>,
+    pub linkname: Option<String>,
+    /// The name in `pppd call NAME`.
+    pub peer: Option<String>,
+    /// An address of the link, which the kernel tells, whatever unit pppd gave it.
+    pub address: Option<Ipv4Addr>,
+}
+
+impl Identity {
+    /// Whether a call has all that is given here.
+    pub fn matches(&self, call: &Self) -> bool {
+        let fits =
+            |given: &Option<String>, called: &Option<String>| given.is_none() || given == called;
+        (self.interface.is_none() || self.interface == call.interface)
+            && fits(&self.ipparam, &call.ipparam)
+            && fits(&self.linkname, &call.linkname)
+            && fits(&self.peer, &call.peer)
+            && (self.address.is_none() || self.address == call.address)
+    }
+
+    /// The interface, if nothing else is given that only a call by pppd tells.
+    pub fn interface_alone(&self) -> Option<&IfName> {
+        let Self {
+            interface,
+            ipparam: None,
+            linkname: None,
+            peer: None,
+            address: _,
+        } = self
+        else {
+            return None;
+        };
+        interface.as_ref()
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UplinkLink {
     pub interface: IfName,

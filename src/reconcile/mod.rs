@@ -23,11 +23,13 @@ use log::{Level, debug, info, log_enabled, warn};
 use crate::config::Config;
 use crate::kernel::conntrack::{self, Flow, Tuple};
 use crate::kernel::iptables_save::Ruleset;
-use crate::kernel::link::Link;
+use crate::kernel::link::{Link, Links};
 use crate::kernel::observe::Kernel;
+use crate::kernel::pppd;
+use crate::kernel::root::Root;
 use crate::kernel::routing::{self, Whose};
 use crate::kernel::tools::{Counters, OnError, Tools};
-use crate::model::link::{LinkState, Troubles, UplinkLink, UplinkLinks};
+use crate::model::link::{Identity, LinkState, Troubles, UplinkLink, UplinkLinks};
 use crate::model::names::{IfName, UplinkName};
 use crate::model::netfilter::Table;
 use crate::model::state::State;
@@ -100,6 +102,7 @@ pub struct Plan {
     /// The steps from the installed to the desired entries.
     pub steps: Vec<Step>,
     owners: Owners,
+    dialled: Vec<Identity>,
 }
 
 impl Plan {
@@ -116,6 +119,7 @@ impl Plan {
             owners: &owners,
             installed: &installed,
             links: &kernel.links,
+            dialled: &kernel.dialled,
         };
         let Some((links, troubles)) = request.links_in_question(config, &seen)? else {
             return Ok(None);
@@ -132,7 +136,18 @@ impl Plan {
             desired,
             steps,
             owners,
+            dialled: kernel.dialled.clone(),
         }))
+    }
+
+    /// What was seen when the plan was made, with the links of now.
+    fn seen<'a>(&'a self, links: &'a Links) -> Seen<'a> {
+        Seen {
+            owners: &self.owners,
+            installed: &self.installed,
+            links,
+            dialled: &self.dialled,
+        }
     }
 
     /// Whether any link in question is up, so that entries are made.
@@ -143,12 +158,7 @@ impl Plan {
     /// Whether the links are still where they were when the plan was made.
     fn holds(&self, request: &Request, config: Option<&Config>) -> Result<bool> {
         let links = Link::all()?;
-        let seen = Seen {
-            owners: &self.owners,
-            installed: &self.installed,
-            links: &links,
-        };
-        let now = request.links_in_question(config, &seen)?;
+        let now = request.links_in_question(config, &self.seen(&links))?;
         Ok(now.is_some_and(|(now, _)| places(&now) == places(&self.links)))
     }
 }
@@ -179,9 +189,12 @@ pub fn reconcile(
     // The installed entries before the first change that can leave stale connections.
     let mut before: Option<State> = None;
     for round in 0..ROUNDS {
-        let kernel = Kernel::read(tools, Whose::Ours, Counters::Hidden)
+        let mut kernel = Kernel::read(tools, Whose::Ours, Counters::Hidden)
             .map_err(|error| all(&total.errors, Some(error)))
             .with_context(named)?;
+        if config.is_some_and(Config::asks_pppd) {
+            kernel.dialled = pppd::dialled(&Root::system());
+        }
         let Some(plan) = Plan::new(request, config, &kernel)? else {
             return Ok(());
         };
@@ -193,7 +206,8 @@ pub fn reconcile(
             ..
         } = &plan;
         let describe = || describe(request, links);
-        let doubt = config.and_then(|config| request.doubts(config, links));
+        let doubt =
+            config.and_then(|config| request.doubts(config, links, &plan.seen(&kernel.links)));
         if let Some(doubt) = doubt.filter(|_| round == 0) {
             warn!("{doubt}");
         }

@@ -1,6 +1,6 @@
 //! What a call asks for, and which links it is about.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::Ipv4Addr;
 
@@ -186,7 +186,8 @@ impl Request {
             let alone = uplink.identity.interface_alone().cloned();
             let named = || {
                 let named = seen.owners.interface_of(&name, seen.installed);
-                named.filter(|named| may_be(&uplink.identity, named))
+                let named = named.filter(|named| may_be(&uplink.identity, named));
+                named.or_else(|| dialled(&uplink.identity, seen))
             };
             let interface = match self.interface().filter(|_| binds) {
                 _ if uplink.identity.address.is_some() => self.by_address(&name, config, seen)?,
@@ -210,11 +211,18 @@ impl Request {
     }
 
     /// A warning for a person who may have overlooked something.
-    pub fn doubts(&self, config: &Config, links: &UplinkLinks) -> Option<String> {
+    pub fn doubts(&self, config: &Config, links: &UplinkLinks, seen: &Seen) -> Option<String> {
         let interface = match self {
             Self::Up { interface, .. } => interface,
             Self::Event(event) => return event.other_address(config),
-            Self::Down { .. } | Self::Sync => return None,
+            Self::Sync => {
+                let mut unknown = unknown(config, links, seen).into_iter();
+                let (name, interface) = unknown.next()?;
+                return Some(format!(
+                    "nothing tells which link is {name}'s: if it is {interface}, say mh-hook up {interface} --uplink {name}"
+                ));
+            }
+            Self::Down { .. } => return None,
         };
         if links.values().any(Option::is_some) {
             return None;
@@ -358,6 +366,44 @@ impl Request {
     }
 }
 
+/// The interface of the pppd that was told what an uplink is known by: one that was dialled before there were entries.
+fn dialled(identity: &Identity, seen: &Seen) -> Option<IfName> {
+    let mut dialled = seen.dialled.iter().filter(|told| identity.matches(told));
+    match (dialled.next(), dialled.next()) {
+        (Some(told), None) => told.interface.clone(),
+        _ => None,
+    }
+}
+
+/// The uplinks that pppd alone knows, while a link of pppd's is up that nothing is known of: each with such a link.
+pub fn unknown(config: &Config, links: &UplinkLinks, seen: &Seen) -> BTreeMap<UplinkName, String> {
+    let known = links.values().flatten().map(|link| link.interface.as_str());
+    let told = seen
+        .dialled
+        .iter()
+        .filter_map(|told| told.interface.as_ref());
+    let known: BTreeSet<&str> = known.chain(told.map(IfName::as_str)).collect();
+    let mut others = seen.links.iter().filter(|(name, link)| {
+        name.starts_with("ppp") && link.up && !known.contains(name.as_str())
+    });
+    let Some((other, _)) = others.next() else {
+        return BTreeMap::new();
+    };
+    let is_unknown = |(name, uplink): &(&UplinkName, &Uplink)| {
+        let identity = &uplink.identity;
+        let is_pppds = identity.interface_alone().is_none() && identity.address.is_none();
+        let may_be_other = identity
+            .interface
+            .as_ref()
+            .is_none_or(|own| own.as_str() == other);
+        is_pppds && may_be_other && links.get(*name).is_none_or(Option::is_none)
+    };
+    let unknown = config.uplinks.iter().filter(is_unknown);
+    unknown
+        .map(|(name, _)| (name.clone(), other.clone()))
+        .collect()
+}
+
 /// The interface that has the address by which an uplink is known: not one of the LAN, where an unnumbered link's address is,
 /// too.
 fn holder(identity: &Identity, config: &Config, seen: &Seen) -> Option<IfName> {
@@ -384,4 +430,6 @@ pub struct Seen<'a> {
     pub owners: &'a Owners,
     pub installed: &'a State,
     pub links: &'a Links,
+    /// What the pppds that run were told.
+    pub dialled: &'a [Identity],
 }

@@ -3,33 +3,13 @@
 use std::collections::BTreeMap;
 
 use super::{Finding, View, few};
-use crate::config::{Config, Identity};
+use crate::config::Config;
+use crate::kernel::pppd::{Options, PEERS as FOLDER, options, peer_options};
 use crate::kernel::root::Root;
-use crate::model::names::{IfName, UplinkName};
-
-const FOLDER: &str = "/etc/ppp/peers";
-const COMMON: &str = "/etc/ppp/options";
-
-/// The options in a file that tell which uplink it dials, and what it does to the default route.
-#[derive(Clone, Debug, Default)]
-struct Options {
-    identity: Identity,
-    default_route: bool,
-    no_default_route: bool,
-    replaces: bool,
-    metric: Option<String>,
-}
-
-impl Options {
-    /// Whether pppd adds a default route: `nodefaultroute` forbids it, before or after `defaultroute` (pppd(8)).
-    fn adds_default(&self) -> bool {
-        (self.default_route || self.replaces) && !self.no_default_route
-    }
-}
+use crate::model::names::UplinkName;
 
 /// The file that dials each uplink, by its name, and its options.
 fn peers(root: &Root, config: &Config) -> BTreeMap<UplinkName, (String, Options)> {
-    let common = root.read(COMMON).unwrap_or_default();
     let mut peers = BTreeMap::new();
     for path in root.list(FOLDER) {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -37,10 +17,9 @@ fn peers(root: &Root, config: &Config) -> BTreeMap<UplinkName, (String, Options)
         if name.ends_with('~') || name.contains(".dpkg-") || name.starts_with('.') {
             continue;
         }
-        let Some(text) = root.read(&path) else {
+        let Some(options) = peer_options(root, &name) else {
             continue;
         };
-        let options = options(&format!("{common}\n{text}"), &name);
         if let [uplink] = config.matching(&options.identity)[..] {
             peers.insert(uplink.clone(), (name.into_owned(), options));
         }
@@ -118,81 +97,4 @@ pub fn check(view: &View) -> Vec<Finding> {
         findings.push(finding);
     }
     findings
-}
-
-/// The options of a file (pppd(8), OPTIONS FILES). `unit N` names the interface `pppN`.
-fn options(text: &str, peer: &str) -> Options {
-    let mut options = Options::default();
-    let words = words(text);
-    let mut words = words.iter().map(String::as_str).peekable();
-    while let Some(word) = words.next() {
-        let value = |words: &mut std::iter::Peekable<_>| -> Option<String> {
-            let value: &str = words.next()?;
-            Some(value.to_owned())
-        };
-        match word {
-            "defaultroute" => options.default_route = true,
-            "replacedefaultroute" => options.replaces = true,
-            "nodefaultroute" => options.no_default_route = true,
-            "defaultroute-metric" => options.metric = value(&mut words),
-            "unit" => {
-                let name = value(&mut words).map(|unit| format!("ppp{unit}"));
-                options.identity.interface = name.and_then(|name| IfName::parse(&name).ok());
-            }
-            "ifname" => {
-                let name = value(&mut words);
-                options.identity.interface = name.and_then(|name| IfName::parse(&name).ok());
-            }
-            "ipparam" => options.identity.ipparam = value(&mut words),
-            "linkname" => options.identity.linkname = value(&mut words),
-            _ => {}
-        }
-    }
-    options.identity.peer = Some(peer.to_owned());
-    options
-}
-
-/// Words are separated by white space, and may be quoted; `#` starts a comment, `\` takes the next character literally.
-fn words(text: &str) -> Vec<String> {
-    let mut words = Vec::new();
-    let mut word: Option<String> = None;
-    let mut quote = None;
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match (c, quote) {
-            ('\\', _) => word.get_or_insert_default().extend(chars.next()),
-            (c, Some(open)) if c == open => quote = None,
-            (c, Some(_)) => word.get_or_insert_default().push(c),
-            ('"' | '\'', None) => {
-                quote = Some(c);
-                word.get_or_insert_default();
-            }
-            ('#', None) if word.is_none() => {
-                chars.by_ref().find(|c| *c == '\n');
-            }
-            (c, None) if c.is_whitespace() => words.extend(word.take()),
-            (c, None) => word.get_or_insert_default().push(c),
-        }
-    }
-    words.extend(word);
-    words
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn options_are_read_as_pppd_does() {
-        let text = "# defaultroute\nplugin rp-pppoe.so\nuser \"a # b\"\nunit 0\nipparam 'isp 0'\nnodefaultroute\ndefaultroute\n";
-        let found = options(text, "isp0");
-        assert_eq!(
-            found.identity.interface.map(|name| name.to_string()),
-            Some("ppp0".into())
-        );
-        assert_eq!(found.identity.ipparam.as_deref(), Some("isp 0"));
-        assert_eq!(found.identity.peer.as_deref(), Some("isp0"));
-        assert!(found.default_route && found.no_default_route && !found.replaces);
-        assert_eq!(words("a\\ b \"\" c#d #e"), ["a b", "", "c#d"]);
-    }
 }
