@@ -4,12 +4,15 @@ mod cli;
 
 use std::env;
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{self, Path};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Error, Result, anyhow};
 use log::{LevelFilter, error, warn};
+use nix::sys::stat::{Mode as FileMode, umask};
 use nix::unistd::geteuid;
+use signal_hook::consts::SIGCHLD;
 
 use mh_hook::config::{self, Config};
 use mh_hook::inspect::check::check;
@@ -24,7 +27,7 @@ use mh_hook::model::names::{IfName, UplinkName};
 use mh_hook::reconcile::event::{self, Direction, Event};
 use mh_hook::reconcile::request::Request;
 use mh_hook::reconcile::{Mode, Session, reconcile};
-use mh_hook::runtime::{log as logger, output};
+use mh_hook::runtime::{lock, log as logger, output};
 
 use crate::cli::{Arguments, Command, Inspect};
 
@@ -40,6 +43,10 @@ enum Failure {
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
 fn main() -> ExitCode {
+    // A caller may have chosen otherwise: the lock is nobody else's, and how tools end is to be heard. A handler takes the
+    // place of SIG_IGN, with which wait(2) fails.
+    umask(FileMode::from_bits_truncate(0o077));
+    let _ = signal_hook::flag::register(SIGCHLD, Arc::default());
     let arguments = match Arguments::parse(env::args_os()) {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -120,7 +127,10 @@ fn uplink(config: &Config, name: &OsStr) -> Result<UplinkName> {
 
 /// Carries out a command that may change the kernel.
 fn change(arguments: Arguments) -> Result<(), Failure> {
-    let follow_args = follow_args(&arguments);
+    // What is started in the background begins in another folder.
+    let config_path = path::absolute(&arguments.config_path);
+    let config_path = config_path.unwrap_or_else(|_| arguments.config_path.clone());
+    let follow_args = follow_args(&arguments, &config_path);
     let request = request(arguments.command).map_err(Failure::Usage)?;
     if let Request::Event(Event {
         direction: Direction::Follow,
@@ -148,10 +158,21 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
         let error = anyhow!("must be root to read and change the kernel's routing and iptables");
         return Err(Failure::Kernel(error));
     };
+    if request == Request::Sync && session.is_ok() && arguments.mode == Mode::Apply {
+        lock::take_word();
+    }
     let reconciled = session
         .with_context(|| request.to_string())
         .and_then(|session| reconcile(&request, config.as_ref(), arguments.mode, session));
     if let Some(args) = follow_args.filter(|_| is_ours && config.is_some()) {
+        start_self(&args).map_err(Failure::Kernel)?;
+    }
+    if arguments.mode == Mode::Apply && request != Request::Sync && lock::is_word_left() {
+        let args = [
+            "--config".into(),
+            config_path.into_os_string(),
+            "sync".into(),
+        ];
         start_self(&args).map_err(Failure::Kernel)?;
     }
     reconciled.map_err(Failure::Kernel)
@@ -174,7 +195,7 @@ fn configuration(path: &Path, request: &Request) -> Result<Option<Config>, Failu
 
 /// The arguments of the background call that `ip-pre-up` starts and that waits for the link. None for any other call.
 /// pppd runs `ip-pre-up` each time, but skips `ip-up` while an earlier one still runs ([`Direction::Follow`]).
-fn follow_args(arguments: &Arguments) -> Option<Vec<OsString>> {
+fn follow_args(arguments: &Arguments, config_path: &Path) -> Option<Vec<OsString>> {
     let Command::Event {
         direction: Direction::PreUp,
         args,
@@ -182,10 +203,9 @@ fn follow_args(arguments: &Arguments) -> Option<Vec<OsString>> {
     else {
         return None;
     };
-    let config_path = arguments.config_path.clone().into_os_string();
     let first = [
         "--config".into(),
-        config_path,
+        config_path.as_os_str().to_owned(),
         "event".into(),
         Direction::Follow.to_string().into(),
     ];

@@ -100,20 +100,26 @@ impl Tools {
         let real_path = save
             .canonicalize()
             .with_context(|| format!("follow {}", save.display()))?;
-        let is_legacy = real_path.to_string_lossy().contains("legacy");
-        Ok(Self {
+        let mut tools = Self {
             ip,
             save,
             restore: find("iptables-restore", "iptables")?,
             root: root.clone(),
-            backend: if is_legacy {
-                Backend::Legacy
-            } else {
-                Backend::Nft
-            },
+            backend: Backend::Nft,
             iptables: "iptables",
             deadline,
-        })
+        };
+        let name = real_path.file_name().unwrap_or_default();
+        tools.backend = match name.to_string_lossy() {
+            name if name.starts_with("xtables-nft-") => Backend::Nft,
+            name if name.starts_with("xtables-legacy-") => Backend::Legacy,
+            // A script in its place: `iptables-save v1.8.9 (nf_tables)`. Before 1.8 there was only one backend.
+            _ => match tools.versions()?.1.contains("(nf_tables)") {
+                true => Backend::Nft,
+                false => Backend::Legacy,
+            },
+        };
+        Ok(tools)
     }
 
     /// The same tools, with iptables-save and iptables-restore of the other backend. None if they are not installed.

@@ -22,6 +22,7 @@ use log::{Level, debug, info, log_enabled, warn};
 
 use crate::config::Config;
 use crate::kernel::conntrack::{self, Flow, Tuple};
+use crate::kernel::ip;
 use crate::kernel::iptables_save::Ruleset;
 use crate::kernel::link::{Link, Links};
 use crate::kernel::observe::Kernel;
@@ -32,6 +33,7 @@ use crate::kernel::tools::{Counters, OnError, Tools};
 use crate::model::link::{Identity, LinkState, Troubles, UplinkLink, UplinkLinks};
 use crate::model::names::{IfName, UplinkName};
 use crate::model::netfilter::Table;
+use crate::model::route::{PROTOCOL, TableId};
 use crate::model::state::State;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::desired::desired_state;
@@ -221,6 +223,9 @@ pub fn reconcile(
         if mode == Mode::DryRun {
             return print(tools, config, &plan, other_backend.as_ref(), request);
         }
+        if let Some(why) = steps.iter().find_map(misread) {
+            bail!("{}: {why}", describe());
+        }
         // The same steps would fail again.
         if failed.as_ref() == Some(steps) {
             return Err(all(&total.errors, None)).with_context(describe);
@@ -316,6 +321,18 @@ pub fn not_listed(table: &str) -> (String, String) {
         "nft -a list table ip {table}, and delete that rule, or move it to a table of its own"
     );
     (what, advice)
+}
+
+/// Why `ip` would take the number of a table, or of our protocol, for another one.
+fn misread(step: &Step) -> Option<String> {
+    let table = match step {
+        Step::Route(_, route) => Some(route.table),
+        Step::RouteRule(_, rule) => rule.table(),
+        Step::Chain { .. } | Step::Entry(..) | Step::SrcValidMark(..) => return None,
+    };
+    let root = Root::system();
+    let table = table.and_then(|TableId(table)| ip::is_name(&root, "rt_tables", table));
+    table.or_else(|| ip::is_name(&root, "rt_protos", PROTOCOL.into()))
 }
 
 /// The interface and address of each uplink in question.

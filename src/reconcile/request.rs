@@ -292,6 +292,10 @@ impl Request {
             Self::Up { interface: up, .. } => up == interface,
             Self::Down { .. } | Self::Event(_) | Self::Sync => false,
         };
+        ensure!(
+            !config.lan.interfaces.contains(interface),
+            "{interface} is one of the [lan] interfaces, and can't be the uplink's link"
+        );
         let link = seen.links.get(interface.as_str());
         if by_hand {
             let link = link.with_context(|| {

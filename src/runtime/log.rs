@@ -1,7 +1,7 @@
 //! The log: syslog, with facility daemon and tag mh-hook. Also stderr, for errors, if it is a terminal, and if syslog
 //! can't be reached.
 
-use std::io::{IsTerminal, Write, stderr};
+use std::io::{ErrorKind, IsTerminal, Write, stderr};
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
@@ -88,12 +88,18 @@ impl Log for Sinks {
         }
         let line = printable(&record.args().to_string());
         let mut syslog = self.lock();
-        let written = syslog.as_mut().map(|syslog| match record.level() {
+        let write = |syslog: &mut Syslog| match record.level() {
             Level::Error => syslog.err(line.as_str()),
             Level::Warn => syslog.warning(line.as_str()),
             Level::Info => syslog.info(line.as_str()),
             Level::Debug | Level::Trace => syslog.debug(line.as_str()),
-        });
+        };
+        let mut written = syslog.as_mut().map(write);
+        if matches!(&written, Some(Err(error)) if !is_timeout(error)) {
+            // The daemon may have been restarted.
+            *syslog = connect().ok();
+            written = syslog.as_mut().map(write);
+        }
         let lost = !matches!(written, Some(Ok(())));
         if matches!(written, Some(Err(_))) {
             // Not tried again: each further line could wait for the whole timeout.
@@ -106,6 +112,11 @@ impl Log for Sinks {
     }
 
     fn flush(&self) {}
+}
+
+/// Whether the daemon did not read in time.
+fn is_timeout(error: &syslog::Error) -> bool {
+    matches!(error, syslog::Error::Write(error) if error.kind() == ErrorKind::WouldBlock)
 }
 
 /// The text with its control characters escaped: the name of a peer or an interface must not add log lines, nor move a
