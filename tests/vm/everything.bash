@@ -76,9 +76,18 @@ test_everything_switched_on_leaves_what_was_there_before() {
     hang_up isp0
     expect_forward_answered 198.51.100.20
     hang_up isp1
+    # Pinned hosts reach nothing outside until a person says so.
+    [[ $(on_router ip rule list priority 101) == *'from 192.168.0.3 lookup 10'* ]] || fail "$(on_router ip rule)"
+    free_pins
     expect_equal "after both links went down" "$before" "$(lab_dump)"
     dial isp1 isp0
     expect_forward_answered
     hang_up isp0 isp1
+    free_pins
     expect_equal "after both went down at once" "$before" "$(lab_dump)"
+}
+
+free_pins() {
+    on_router mh-hook -q down ppp0
+    on_router mh-hook -q down ppp1
 }

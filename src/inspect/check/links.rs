@@ -11,7 +11,7 @@ use crate::model::netfilter::Table;
 use crate::model::state::State;
 use crate::reconcile::diff::diff;
 use crate::reconcile::parts::{Part, parts};
-use crate::reconcile::{not_listed, writes_to};
+use crate::reconcile::{not_listed, unlisted, writes_to};
 
 /// Checks both sides of the router, and our entries.
 pub fn check(view: &View) -> Vec<Finding> {
@@ -22,7 +22,10 @@ pub fn check(view: &View) -> Vec<Finding> {
             findings.push(link(view, name, uplink));
         }
     }
-    findings.extend(drift(view));
+    // Entries are missing because nothing is written while a table is not listed, which is a finding of its own.
+    if unlisted(Some(view.config), &view.snapshot.kernel.ruleset).is_none() {
+        findings.extend(drift(view));
+    }
     findings
 }
 
@@ -130,7 +133,8 @@ pub fn tables(snapshot: &Snapshot, config: Option<&Config>) -> Vec<Finding> {
         let (what, fix) = not_listed(name);
         let finding = if Table::ALL.iter().any(is_used) {
             let what = what + ", so mh-hook writes nothing there";
-            Finding::stops("table-not-listed", what)
+            // What is installed goes on working.
+            Finding::harms("table-not-listed", what)
         } else {
             Finding::note("table-not-listed", what)
         };
