@@ -117,3 +117,36 @@ test_connections_that_no_change_concerns_live_on() {
     read -r answer <"$LAB_DIR/answer_later"
     expect_equal "answer" "server 192.0.2.9 later" "$answer"
 }
+
+test_what_the_lan_began_before_its_masquerade_ends() {
+    configure "$FORWARD_80"
+    lab_listen client udp 5060
+    on_router /usr/sbin/iptables -t nat -A POSTROUTING -s 172.17.0.0/16 -o ppp1 -j MASQUERADE
+    # Late: the link carries the LAN's packets before pppd calls. The ISP drops them.
+    in_ns lanhost socat -u - UDP4:192.0.2.9:5060,sourceport=5060 <<<early
+    # And one to another network, which leaves by no link of ours.
+    lab_wire router eth9 isp1 inside
+    ip -n router address add 10.99.0.1/24 dev eth9
+    in_ns lanhost socat -u - UDP4:10.99.0.7:5061,sourceport=5061 <<<elsewhere
+    [[ $(tracked -p udp --orig-port-src 5060) == *'dst=192.168.0.3 sport=5060 dport=5060'* ]] || fail "nothing is tracked"
+    mh_hook -q event up ppp1 /dev/null 0 198.51.100.20 198.51.100.1
+    expect_equal "what is tracked of it" "" "$(tracked -p udp --orig-port-src 5060)"
+    [[ $(tracked -p udp --orig-port-src 5061) ]] || fail "a connection by another link is ended"
+    expect_answer "client 198.51.100.20" lanhost udp 192.0.2.9 5060 --source 192.168.0.3:5060
+}
+
+test_thousands_of_connections_end_at_once() {
+    local count
+    configure 'forward = [{ proto = "any", to = "192.168.0.2" }]'
+    mh_hook -q sync
+    in_ns client /usr/bin/python3 -c "
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('192.0.2.9', 4000))
+for port in range(1, 3001): s.sendto(b'x', ('$X', port))"
+    lab_wait tracked -p udp --orig-dst "$X" --orig-port-dst 3000
+    lab_link_down ppp0
+    lab_link_up ppp0 203.0.113.99
+    count=$(processes "$MH_HOOK" --config "$LAB_CONFIG" -q event up ppp0 /dev/null 0 203.0.113.99 203.0.113.1)
+    expect_equal "processes, however many connections there are" 3 "$count"
+    expect_equal "connections of the former address" "" "$(tracked -p udp --orig-dst "$X")"
+}

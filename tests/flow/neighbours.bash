@@ -140,3 +140,36 @@ beside_ufw() {
 COMMIT
 EOF
 }
+
+test_sync_goes_on_past_an_uplink_in_trouble() {
+    local status=0
+    configure "$FORWARD_80" "table = 20
+$FORWARD_80"
+    mh_hook -q sync
+    # Somebody's default route in the table of the one; and entries of both that are gone.
+    on_router ip route replace default via 203.0.113.1 dev ppp0 onlink table 10
+    on_router ip rule del priority 100 from 198.51.100.20 lookup 20 protocol 109
+    on_router /usr/sbin/iptables -t nat -F
+    mh_hook sync 2>"$LAB_DIR/said" || status=$?
+    expect_equal "exit status" 1 "$status"
+    grep -q 'ip route add default dev ppp0 table 10.*File exists' "$LAB_DIR/said" || fail "it said: $(cat "$LAB_DIR/said")"
+    expect_forward_answered 198.51.100.20
+    expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
+}
+
+test_a_lan_address_on_one_link_leaves_the_other_alone() {
+    local status=0
+    configure "$FORWARD_80" "table = 20
+$FORWARD_80"
+    sed -i 's|"192.168.0.0/24"|"192.168.0.0/24", "10.0.0.0/8"|' "$LAB_CONFIG"
+    lab_link_down ppp0
+    lab_link_up ppp0 10.64.3.9
+    mh_hook sync 2>"$LAB_DIR/said" || status=$?
+    expect_equal "exit status" 1 "$status"
+    grep -q 'isp0: ppp0: 10.64.3.9 can.t be an uplink.s address: it lies in the LAN 10.0.0.0/8' "$LAB_DIR/said" ||
+        fail "it said: $(cat "$LAB_DIR/said")"
+    expect_forward_answered 198.51.100.20
+    mh_hook status >"$LAB_DIR/status"
+    grep -q '^isp0 .*refused address' "$LAB_DIR/status" || fail "$(cat "$LAB_DIR/status")"
+    grep -q '^isp1 .*in step' "$LAB_DIR/status" || fail "$(cat "$LAB_DIR/status")"
+}

@@ -67,3 +67,47 @@ test_what_came_to_a_pinned_host_by_the_other_uplink_is_answered_there() {
     expect_silence client tcp 198.51.100.20 80
     expect_packets isp0 foreign some
 }
+
+test_a_pinned_host_reaches_nothing_outside_while_its_link_is_down() {
+    local before
+    before=$(lab_dump)
+    pinned
+    expect_answer "client $X" lanhost tcp 192.0.2.9 80
+    lab_link_down ppp0
+    mh_hook -q event down ppp0 /dev/null 0 "$X" 203.0.113.1
+    isp_zero
+    expect_silence lanhost tcp 192.0.2.9 80
+    # Inside, and what came by the other uplink.
+    expect_answer "server 192.168.0.3" lanhost tcp 192.168.0.2 80
+    expect_answer "router 192.168.0.3" lanhost tcp 192.168.0.1 8080
+    lab_listen lanhost tcp 80
+    expect_answer "lanhost 192.0.2.9" client tcp 198.51.100.20 80
+    expect_answer "client 198.51.100.20" server tcp 192.0.2.9 80
+    mh_hook -q sync
+    expect_silence lanhost tcp 192.0.2.9 80
+    mh_hook status >"$LAB_DIR/status"
+    grep -q '^# isp0 is not up: its pinned hosts reach nothing outside: 192.168.0.3' "$LAB_DIR/status" ||
+        fail "status says: $(cat "$LAB_DIR/status")"
+    # A link that vanishes, and one that was never dialled.
+    lab_link_up ppp0 "$X"
+    mh_hook -q event up ppp0 /dev/null 0 "$X" 203.0.113.1
+    expect_answer "client $X" lanhost tcp 192.0.2.9 80
+    lab_link_delete ppp0
+    expect_silence lanhost tcp 192.0.2.9 80
+    mh_hook -q down ppp0
+    expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
+    mh_hook -q sync
+    expect_silence lanhost tcp 192.0.2.9 80
+    # The uplink is configured no longer.
+    lab_config <<EOF
+[lan]
+interfaces = ["eth1"]
+networks = ["192.168.0.0/24"]
+[uplink.isp1]
+interface = "ppp1"
+EOF
+    mh_hook -q sync
+    expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
+    mh_hook -q down ppp1
+    expect_equal "rules and routes of ours" "" "$(lab_dump | grep 'proto 109' || true)"
+}
