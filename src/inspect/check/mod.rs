@@ -43,7 +43,7 @@ pub struct Scope {
 }
 
 /// Something that is wrong, or worth knowing.
-#[derive(Debug, Serialize)]
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Finding {
     /// Never changes, so that programs can rely on it.
     pub id: &'static str,
@@ -102,6 +102,13 @@ impl Finding {
         self.fixes.push(line.into());
         self
     }
+
+    fn stops_if(mut self, does_stop: bool) -> Self {
+        if does_stop {
+            self.weight = Weight::Stops;
+        }
+        self
+    }
 }
 
 /// What the checks that need a configuration look at.
@@ -114,6 +121,11 @@ struct View<'a> {
 impl View<'_> {
     fn links(&self) -> &UplinkLinks {
         &self.comparison.links
+    }
+
+    fn is_link(&self, interface: &str) -> bool {
+        let mut links = self.links().values().flatten();
+        links.any(|link| link.interface.as_str() == interface)
     }
 
     /// The uplinks that have forwards.
@@ -204,10 +216,10 @@ fn configuration(error: &Error) -> Vec<Finding> {
         Some(errors) => errors.lines().collect(),
         None => vec![format!("{error:#}")],
     };
-    let findings = lines.into_iter();
-    findings
-        .map(|line| Finding::stops("configuration", line))
-        .collect()
+    let findings = lines
+        .into_iter()
+        .map(|line| Finding::stops("configuration", line));
+    findings.collect()
 }
 
 impl Report for Check {
@@ -233,12 +245,9 @@ impl Report for Check {
                 Weight::Harms => style.paint(Tone::Doubtful, "harms"),
                 Weight::Note => style.paint(Tone::Strong, "note"),
             };
-            text += &format!("{weight}: ");
-            if let Some(uplink) = &finding.uplink {
-                text += &format!("{uplink}: ");
-            }
-            text += &finding.what;
-            text.push('\n');
+            let uplink = finding.uplink.as_ref().map(|name| format!("{name}: "));
+            let uplink = uplink.unwrap_or_default();
+            text += &format!("{weight}: {uplink}{}\n", finding.what);
             for line in &finding.fixes {
                 text += &format!("    {line}\n");
             }
@@ -247,10 +256,8 @@ impl Report for Check {
     }
 
     fn is_well(&self) -> bool {
-        !self
-            .findings
-            .iter()
-            .any(|finding| finding.weight == Weight::Stops)
+        let mut weights = self.findings.iter().map(|finding| finding.weight);
+        weights.all(|weight| weight != Weight::Stops)
     }
 }
 

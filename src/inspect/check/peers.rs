@@ -11,7 +11,7 @@ const FOLDER: &str = "/etc/ppp/peers";
 const COMMON: &str = "/etc/ppp/options";
 
 /// The options in a file that tell which uplink it dials, and what it does to the default route.
-#[derive(Clone, Debug, Default)]
+#[derive(Default)]
 struct Options {
     identity: Identity,
     default_route: bool,
@@ -53,50 +53,43 @@ pub fn of(root: &Root, config: &Config, name: &UplinkName) -> Option<String> {
     peers(root, config).remove(name).map(|(peer, _)| peer)
 }
 
+/// The command that keeps pppd from adding a default route.
+fn turn_off(root: &Root, peer: &str) -> String {
+    let path = format!("{FOLDER}/{peer}");
+    if options(&root.read(&path).unwrap_or_default(), peer).adds_default() {
+        let pattern = "^[[:space:]]*(replace)?defaultroute[[:space:]]*$";
+        format!("sed -i -E 's/{pattern}/nodefaultroute/' {path}")
+    } else {
+        // The option stands in /etc/ppp/options.
+        format!("echo nodefaultroute >> {path}")
+    }
+}
+
 /// Finds links that take the default route from each other.
 pub fn check(view: &View) -> Vec<Finding> {
     let root = &view.snapshot.root;
-    let peers = peers(root, view.config);
-    let mut findings = Vec::new();
-    let adding: Vec<_> = peers
-        .iter()
-        .filter(|(_, (_, options))| options.adds_default())
-        .collect();
+    let mut adding = peers(root, view.config);
+    adding.retain(|_, (_, options)| options.adds_default());
     let is_serving = |name: &UplinkName| !view.config.uplinks[name].forwards.is_empty();
-    let off = |peer: &str| {
-        let path = format!("{FOLDER}/{peer}");
-        let own = options(&root.read(&path).unwrap_or_default(), peer);
-        if own.adds_default() {
-            format!(
-                "sed -i -E 's/^[[:space:]]*(replace)?defaultroute[[:space:]]*$/nodefaultroute/' {path}"
-            )
-        } else {
-            // The option stands in /etc/ppp/options.
-            format!("echo nodefaultroute >> {path}")
-        }
-    };
+    let has_plain = view.config.uplinks.keys().any(|name| !is_serving(name));
+    let mut findings = Vec::new();
     let mut told = None;
     for (name, (peer, options)) in &adding {
-        let others = adding.iter().any(|(other, _)| other != name);
-        let has_plain = view.config.uplinks.keys().any(|name| !is_serving(name));
-        if options.replaces && is_serving(name) && (others || has_plain) {
+        if options.replaces && is_serving(name) && (adding.len() > 1 || has_plain) {
             let what = format!(
                 "{FOLDER}/{peer} says replacedefaultroute: whenever this link comes up, it takes the default route \
                  from the other links"
             );
-            findings.push(
-                Finding::harms("peers-replacedefaultroute", what)
-                    .of(name)
-                    .fix(off(peer)),
-            );
-            told = Some(*name);
+            let finding = Finding::harms("peers-replacedefaultroute", what).of(name);
+            findings.push(finding.fix(turn_off(root, peer)));
+            told = Some(name);
         }
     }
     let mut metrics: BTreeMap<&Option<String>, Vec<_>> = BTreeMap::new();
     for (name, (peer, options)) in &adding {
-        if Some(*name) != told {
+        if Some(name) != told {
             let same = metrics.entry(&options.metric).or_default();
-            same.push((*name, peer));
+            same.push((name, peer));
         }
     }
     for same in metrics.values().filter(|same| same.len() > 1) {
@@ -113,7 +106,7 @@ pub fn check(view: &View) -> Vec<Finding> {
             false => serving,
         };
         for (_, peer) in losers {
-            finding = finding.fix(off(peer));
+            finding = finding.fix(turn_off(root, peer));
         }
         findings.push(finding);
     }
@@ -123,32 +116,25 @@ pub fn check(view: &View) -> Vec<Finding> {
 /// The options of a file (pppd(8), OPTIONS FILES). `unit N` names the interface `pppN`.
 fn options(text: &str, peer: &str) -> Options {
     let mut options = Options::default();
-    let words = words(text);
-    let mut words = words.iter().map(String::as_str).peekable();
+    let identity = &mut options.identity;
+    identity.peer = Some(peer.to_owned());
+    let mut words = words(text).into_iter();
     while let Some(word) = words.next() {
-        let value = |words: &mut std::iter::Peekable<_>| -> Option<String> {
-            let value: &str = words.next()?;
-            Some(value.to_owned())
-        };
-        match word {
+        match &word[..] {
             "defaultroute" => options.default_route = true,
             "replacedefaultroute" => options.replaces = true,
             "nodefaultroute" => options.no_default_route = true,
-            "defaultroute-metric" => options.metric = value(&mut words),
-            "unit" => {
-                let name = value(&mut words).map(|unit| format!("ppp{unit}"));
-                options.identity.interface = name.and_then(|name| IfName::parse(&name).ok());
+            "defaultroute-metric" => options.metric = words.next(),
+            "unit" | "ifname" => {
+                let prefix = if word == "unit" { "ppp" } else { "" };
+                let name = words.next().map(|value| format!("{prefix}{value}"));
+                identity.interface = name.and_then(|name| IfName::parse(&name).ok());
             }
-            "ifname" => {
-                let name = value(&mut words);
-                options.identity.interface = name.and_then(|name| IfName::parse(&name).ok());
-            }
-            "ipparam" => options.identity.ipparam = value(&mut words),
-            "linkname" => options.identity.linkname = value(&mut words),
+            "ipparam" => identity.ipparam = words.next(),
+            "linkname" => identity.linkname = words.next(),
             _ => {}
         }
     }
-    options.identity.peer = Some(peer.to_owned());
     options
 }
 
@@ -176,23 +162,4 @@ fn words(text: &str) -> Vec<String> {
     }
     words.extend(word);
     words
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn options_are_read_as_pppd_does() {
-        let text = "# defaultroute\nplugin rp-pppoe.so\nuser \"a # b\"\nunit 0\nipparam 'isp 0'\nnodefaultroute\ndefaultroute\n";
-        let found = options(text, "isp0");
-        assert_eq!(
-            found.identity.interface.map(|name| name.to_string()),
-            Some("ppp0".into())
-        );
-        assert_eq!(found.identity.ipparam.as_deref(), Some("isp 0"));
-        assert_eq!(found.identity.peer.as_deref(), Some("isp0"));
-        assert!(found.default_route && found.no_default_route && !found.replaces);
-        assert_eq!(words("a\\ b \"\" c#d #e"), ["a b", "", "c#d"]);
-    }
 }
