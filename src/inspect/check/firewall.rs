@@ -102,9 +102,27 @@ enum Fault {
     Unmarked,
 }
 
+/// Packets of one connection, on their way through iptables.
+struct Trace<'a> {
+    context: Context<'a>,
+    connection: Connection,
+    doubts: Vec<Doubt>,
+}
+
+impl Trace<'_> {
+    fn pass(&mut self, hook: Hook, packet: &mut Packet) -> Result<Passage, Fault> {
+        let mut passage = self.context.pass(hook, packet, &mut self.connection);
+        self.doubts.append(&mut passage.doubts);
+        match passage.stopped.take() {
+            Some(place) => Err(Fault::Dropped(hook, place)),
+            None => Ok(passage),
+        }
+    }
+}
+
 impl Case<'_> {
     /// Traces the packets. A fault is certain if it does not depend on foreign rules that may match or not.
-    fn check(&self, drops: &mut Vec<Drop>, budget: &mut usize) -> Option<Finding> {
+    fn check(&self, drops: &mut Vec<Dropped>, budget: &mut usize) -> Option<Finding> {
         let (first, doubts) = self.trace(&[]);
         let is_dropped = matches!(first, Some(Fault::Dropped(..)));
         // What can change the outcome: of packets that pass, only what translates them or changes their marks counts.
@@ -131,16 +149,14 @@ impl Case<'_> {
             }
         }
         is_certain &= !alternatives.are_left();
-        let mut findings = faults.iter().filter_map(|it| self.finding(it, is_certain));
-        if let Some(finding) = findings.next() {
-            return Some(finding);
-        }
+        let finding = faults.iter().find_map(|it| self.finding(it, is_certain));
         if let Some(Fault::Dropped(hook, place)) = faults.first()
+            && finding.is_none()
             && is_certain
         {
             drops.push((self.service(), *hook, place.clone()));
         }
-        None
+        finding
     }
 
     /// Sends two requests and two replies through iptables: the second ones meet other rules, and marks may have changed.
@@ -157,38 +173,28 @@ impl Case<'_> {
             destination_port: port,
             ..Header::default()
         };
-        let mut connection = Connection::new(self.protocol, original);
-        let mut doubts = Vec::new();
-        let mut pass = |hook, packet: &mut Packet, connection: &mut Connection| {
-            let mut passage = context.pass(hook, packet, connection);
-            doubts.append(&mut passage.doubts);
-            match passage.stopped.take() {
-                Some(place) => Err(Fault::Dropped(hook, place)),
-                None => Ok(passage),
-            }
+        let mut trace = Trace {
+            context,
+            connection: Connection::new(self.protocol, original),
+            doubts: Vec::new(),
         };
         let result = [Position::First, Position::Later]
             .into_iter()
-            .try_for_each(|position| self.round(position, &mut connection, &mut pass));
-        (result.err(), doubts)
+            .try_for_each(|position| self.round(position, &mut trace));
+        (result.err(), trace.doubts)
     }
 
-    fn round(
-        &self,
-        position: Position,
-        connection: &mut Connection,
-        pass: &mut impl FnMut(Hook, &mut Packet, &mut Connection) -> Result<Passage, Fault>,
-    ) -> Result<(), Fault> {
-        let uplink = self.link.interface.to_string();
-        let lan = self.lan.map(str::to_owned);
+    /// One request and its reply.
+    fn round(&self, position: Position, trace: &mut Trace) -> Result<(), Fault> {
+        let original = trace.connection.original;
         let mut request = Packet {
-            iif: Some(uplink.clone()),
+            iif: Some(self.link.interface.to_string()),
             oif: None,
-            header: connection.original,
+            header: original,
             mark: 0,
             position,
         };
-        let mut passages = vec![pass(Hook::Prerouting, &mut request, connection)?];
+        let mut passages = vec![trace.pass(Hook::Prerouting, &mut request)?];
         let first = &passages[0];
         let by_nat = |it: &&Place| it.table == "nat" && it.number > 0 && self.is_foreign(it);
         let translating = first.accepted.iter().filter(by_nat);
@@ -196,43 +202,48 @@ impl Case<'_> {
         if let Some(place) = takers.next() {
             return Err(Fault::Taken(place.clone()));
         }
-        self.judge("connection's", connection.mark, &passages)?;
+        self.judge("connection's", trace.connection.mark, &passages)?;
         if self.needs_mark_on_request {
             self.judge("request's", request.mark, &passages)?;
         }
-        connection.is_dnat = true;
+        trace.connection.is_dnat = true;
         request.header.destination = Some(self.forward.to);
-        request.header.destination_port =
-            self.forward.target(connection.original.destination_port).1;
-        request.oif = lan.clone();
-        let hooks: &[Hook] = match &lan {
+        request.header.destination_port = self.forward.target(original.destination_port).1;
+        request.oif = self.lan.map(str::to_owned);
+        let hooks: &[Hook] = match self.lan {
             Some(_) => &[Hook::Forward, Hook::Postrouting],
             None => &[Hook::Input],
         };
         for hook in hooks {
-            passages.push(pass(*hook, &mut request, connection)?);
+            passages.push(trace.pass(*hook, &mut request)?);
         }
-        self.judge("connection's", connection.mark, &passages)?;
+        self.judge("connection's", trace.connection.mark, &passages)?;
+        self.reply(request.header.reversed(), trace)
+    }
 
+    fn reply(&self, header: Header, trace: &mut Trace) -> Result<(), Fault> {
+        let uplink = Some(self.link.interface.to_string());
         let mut reply = Packet {
-            iif: lan.clone(),
+            iif: self.lan.map(str::to_owned),
             // The route of the router's own replies before OUTPUT restores the mark is not asked for.
-            oif: lan.is_none().then(|| uplink.clone()),
-            header: request.header.reversed(),
+            oif: uplink.clone().filter(|_| self.lan.is_none()),
+            header,
             mark: 0,
             position: Position::Reply,
         };
-        let first = lan.as_ref().map_or(Hook::Output, |_| Hook::Prerouting);
-        let passages = [pass(first, &mut reply, connection)?];
+        let (first, others): (Hook, &[Hook]) = match self.lan {
+            Some(_) => (Hook::Prerouting, &[Hook::Forward, Hook::Postrouting]),
+            None => (Hook::Output, &[Hook::Postrouting]),
+        };
+        let passages = [trace.pass(first, &mut reply)?];
         // Replies from the uplink's address need no mark.
         if self.forward.to != self.link.address {
             self.judge("reply's", reply.mark, &passages)?;
         }
-        reply.oif = Some(uplink);
-        if lan.is_some() {
-            pass(Hook::Forward, &mut reply, connection)?;
+        reply.oif = uplink;
+        for hook in others {
+            trace.pass(*hook, &mut reply)?;
         }
-        pass(Hook::Postrouting, &mut reply, connection)?;
         Ok(())
     }
 
@@ -258,13 +269,9 @@ impl Case<'_> {
     }
 
     fn is_foreign(&self, place: &Place) -> bool {
+        let owners = &self.view.comparison.owners;
         let rule = Rule(place.text.to_string());
-        is_foreign(
-            &self.view.comparison.owners,
-            place.table,
-            &place.chain,
-            &rule,
-        )
+        is_foreign(owners, place.table, &place.chain, &rule)
     }
 
     /// What is reported of a fault; nothing of packets that are dropped, which are reported together.
@@ -336,8 +343,8 @@ fn is_foreign(owners: &Owners, table: &str, chain: &str, rule: &Rule) -> bool {
     table.is_none_or(|table| owners.owner(Entry::Rule(table, chain, rule)) == Owner::Foreign)
 }
 
-/// What a forward of ours takes, and where its packets are dropped.
-type Drop = (String, Hook, Place);
+/// A forward's protocol and ports, and where its packets are dropped.
+type Dropped = (String, Hook, Place);
 
 /// The forwards of an uplink whose packets are dropped.
 fn dropped(
@@ -345,7 +352,7 @@ fn dropped(
     name: &UplinkName,
     uplink: &Uplink,
     link: &UplinkLink,
-    drops: &[Drop],
+    drops: &[Dropped],
 ) -> Option<Finding> {
     let (_, _, first) = drops.first()?;
     let by = match first.number {
@@ -363,7 +370,7 @@ fn dropped(
         few(services)
     );
     let finding = Finding::stops("forward-dropped", what).of(name);
-    let in_forward = |(_, hook, place): &Drop| place.table == "filter" && *hook == Hook::Forward;
+    let in_forward = |(_, hook, place): &Dropped| place.table == "filter" && *hook == Hook::Forward;
     if !drops.iter().any(in_forward) {
         return Some(finding);
     }
@@ -409,10 +416,8 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
     let mut others = 0;
     for (table, chains) in &ruleset.tables {
         for (name, chain) in chains {
-            let rules = chain.rules.iter();
-            others += rules
-                .filter(|rule| is_foreign(&owners, table, name, rule))
-                .count();
+            let is_foreign = |rule: &&Rule| is_foreign(&owners, table, name, rule);
+            others += chain.rules.iter().filter(is_foreign).count();
         }
     }
     if others > 0 {

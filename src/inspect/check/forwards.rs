@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
-use std::ops::RangeInclusive;
 
 use super::{Finding, View, few};
 use crate::config::Uplink;
@@ -15,7 +14,7 @@ pub fn check(view: &View) -> Vec<Finding> {
     let mut findings = differences(view);
     let services = services(&view.snapshot.root);
     for (name, uplink) in view.serving() {
-        let link = view.links().get(name).and_then(Option::as_ref);
+        let link = view.comparison.links.get(name).and_then(Option::as_ref);
         let is_at_uplink = |address| link.is_some_and(|link| link.addresses.contains(&address));
         let taken: BTreeSet<_> = services
             .iter()
@@ -57,15 +56,12 @@ fn differences(view: &View) -> Vec<Finding> {
     let uplinks: Vec<_> = uplinks.map(|(name, it)| (name, targets(it))).collect();
     for (second, (name, own)) in uplinks.iter().enumerate() {
         for (other, others) in &uplinks[..second] {
-            let differing = own.iter().filter(|(port, target)| {
-                let other = others.get(port);
-                other.is_some_and(|other| other != *target)
-            });
-            let mut differing = differing.map(|(port, _)| *port).peekable();
-            if differing.peek().is_some() {
+            let mut differing = own.clone();
+            differing.retain(|port, target| others.get(port).is_some_and(|it| it != target));
+            if !differing.is_empty() {
                 let what = format!(
                     "forwards these ports to another target than {other} does: {}",
-                    ports(differing)
+                    ports(differing.into_keys())
                 );
                 findings.push(Finding::note("forwards-differ", what).of(name));
             }
@@ -95,13 +91,11 @@ fn targets(uplink: &Uplink) -> BTreeMap<(Protocol, u16), (Ipv4Addr, Option<u16>)
 /// The sockets of the router's services. A client's UDP socket looks like a service's, but for its ephemeral port.
 fn services(root: &Root) -> Vec<Socket> {
     let range = root.sysctl("net/ipv4/ip_local_port_range");
-    let ephemeral: Option<RangeInclusive<u16>> = range.and_then(|range| {
-        let (first, last) = range.split_once(char::is_whitespace)?;
-        Some(first.trim().parse().ok()?..=last.trim().parse().ok()?)
-    });
-    let is_ephemeral = |port: &u16| ephemeral.as_ref().is_some_and(|range| range.contains(port));
+    let range = range.unwrap_or_default();
+    let range: Vec<u16> = range.split_whitespace().flat_map(str::parse).collect();
+    let is_ephemeral = |port| matches!(range[..], [first, last] if (first..=last).contains(&port));
     let mut sockets = listening_below(root, Protocol::Udp);
-    sockets.retain(|socket| !is_ephemeral(&socket.port));
+    sockets.retain(|socket| !is_ephemeral(socket.port));
     sockets.extend(listening_below(root, Protocol::Tcp));
     sockets
 }

@@ -16,10 +16,8 @@ const MAX_SCRIPT: u64 = 64 << 10;
 
 /// Checks that each of pppd's events reaches mh-hook.
 pub fn check(root: &Root) -> Vec<Finding> {
-    SCRIPTS
-        .iter()
-        .flat_map(|script| event(root, script))
-        .collect()
+    let findings = SCRIPTS.iter().flat_map(|script| event(root, script));
+    findings.collect()
 }
 
 fn event(root: &Root, script: &str) -> Vec<Finding> {

@@ -1,5 +1,6 @@
 //! The LAN's interfaces and the uplinks' links, and whether our entries are installed.
 
+use super::peers::peers;
 use super::{Finding, View, Weight, count, few};
 use crate::config::{Config, Uplink};
 use crate::inspect::drift::Drift;
@@ -15,7 +16,7 @@ use crate::reconcile::{not_listed, writes_to};
 pub fn check(view: &View) -> Vec<Finding> {
     let mut findings = lan(view);
     for (name, uplink) in &view.config.uplinks {
-        if view.links().get(name).is_none_or(Option::is_none) {
+        if view.comparison.links.get(name).is_none_or(Option::is_none) {
             findings.push(link(view, name, uplink));
         }
     }
@@ -71,7 +72,7 @@ fn link(view: &View, name: &UplinkName, uplink: &Uplink) -> Finding {
     if let Some(free) = free(view, interface) {
         return finding.fix(format!("mh-hook --uplink {name} up {free}"));
     }
-    if let Some(peer) = super::peers::of(&view.snapshot.root, view.config, name) {
+    if let Some((peer, _)) = peers(&view.snapshot.root, view.config).remove(name) {
         return finding.fix(format!("pon {peer}"));
     }
     match interface.filter(|_| fault == Some(DOWN)) {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::config::{Config, Errors, Uplink};
 use crate::inspect::report::{Report, Style, Tone};
 use crate::inspect::snapshot::{Comparison, Snapshot};
-use crate::model::link::{UplinkLink, UplinkLinks};
+use crate::model::link::UplinkLink;
 use crate::model::names::UplinkName;
 
 mod firewall;
@@ -31,7 +31,7 @@ pub struct Check {
 }
 
 /// How much was checked; foreign entries count, too.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
 pub struct Scope {
     pub uplinks: usize,
@@ -40,6 +40,22 @@ pub struct Scope {
     pub routes: usize,
     /// Of both backends.
     pub iptables_rules: usize,
+}
+
+impl Scope {
+    fn new(snapshot: &Snapshot, config: Option<&Config>) -> Self {
+        let uplinks = config.iter().flat_map(|config| config.uplinks.values());
+        let rulesets = snapshot.rulesets.iter();
+        let tables = rulesets.flat_map(|(_, ruleset)| ruleset.tables.values());
+        let chains = tables.flat_map(|table| table.values());
+        Self {
+            uplinks: uplinks.clone().count(),
+            forwards: uplinks.map(|uplink| uplink.forwards.len()).sum(),
+            route_rules: snapshot.kernel.routing.rules.len(),
+            routes: snapshot.kernel.routing.routes.len(),
+            iptables_rules: chains.map(|chain| chain.rules.len()).sum(),
+        }
+    }
 }
 
 /// Something that is wrong, or worth knowing.
@@ -119,12 +135,8 @@ struct View<'a> {
 }
 
 impl View<'_> {
-    fn links(&self) -> &UplinkLinks {
-        &self.comparison.links
-    }
-
     fn is_link(&self, interface: &str) -> bool {
-        let mut links = self.links().values().flatten();
+        let mut links = self.comparison.links.values().flatten();
         links.any(|link| link.interface.as_str() == interface)
     }
 
@@ -136,8 +148,9 @@ impl View<'_> {
 
     /// The uplinks that have forwards and whose link is up.
     fn serving_links(&self) -> impl Iterator<Item = (&UplinkName, &Uplink, &UplinkLink)> {
-        self.serving()
-            .filter_map(|(name, uplink)| Some((name, uplink, self.links().get(name)?.as_ref()?)))
+        self.serving().filter_map(|(name, uplink)| {
+            Some((name, uplink, self.comparison.links.get(name)?.as_ref()?))
+        })
     }
 }
 
@@ -147,50 +160,24 @@ impl View<'_> {
 /// A tool can't be run, or its answer can't be read.
 pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Check> {
     let root = &snapshot.root;
-    let mut findings = Vec::new();
-    let mut looked_at = Scope {
-        route_rules: snapshot.kernel.routing.rules.len(),
-        routes: snapshot.kernel.routing.routes.len(),
-        ..Scope::default()
-    };
-    for (_, ruleset) in &snapshot.rulesets {
-        let chains = ruleset.tables.values().flat_map(|table| table.values());
-        looked_at.iptables_rules += chains.map(|chain| chain.rules.len()).sum::<usize>();
-    }
-    match config {
-        Ok(config) => {
-            looked_at.uplinks = config.uplinks.len();
-            let uplinks = config.uplinks.values();
-            looked_at.forwards = uplinks.map(|uplink| uplink.forwards.len()).sum();
-        }
-        Err(error) => findings.extend(configuration(error)),
-    }
+    let looked_at = Scope::new(snapshot, config.ok());
+    let mut findings = config.err().map(configuration).unwrap_or_default();
     let needs_system = config.is_err() || looked_at.uplinks > 0;
     if needs_system {
         findings.extend(sysctl::forwarding(root));
     } else {
-        findings.push(Finding::note(
-            "no-uplinks",
-            "the configuration has no uplinks, so there is nothing to do: see mh-hook.toml(5)",
-        ));
+        let what =
+            "the configuration has no uplinks, so there is nothing to do: see mh-hook.toml(5)";
+        findings.push(Finding::note("no-uplinks", what));
     }
     findings.extend(links::tables(snapshot, config.ok()));
     if let Ok(config) = config {
         match snapshot.compare(config) {
-            Ok(comparison) => {
-                let view = View {
-                    snapshot,
-                    config,
-                    comparison,
-                };
-                findings.extend(links::check(&view));
-                findings.extend(sysctl::per_link(&view));
-                let routes = routing::targets(&view)?;
-                findings.extend(routing::check(&view, &routes)?);
-                findings.extend(firewall::check(&view, &routes));
-                findings.extend(forwards::check(&view));
-                findings.extend(peers::check(&view));
-            }
+            Ok(comparison) => findings.extend(configured(&View {
+                snapshot,
+                config,
+                comparison,
+            })?),
             Err(error) => findings.push(Finding::stops("address", format!("{error:#}"))),
         }
     }
@@ -208,6 +195,18 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
         findings,
         looked_at,
     })
+}
+
+/// The checks that need a configuration.
+fn configured(view: &View) -> Result<Vec<Finding>> {
+    let mut findings = links::check(view);
+    findings.extend(sysctl::per_link(view));
+    let routes = routing::targets(view)?;
+    findings.extend(routing::check(view, &routes)?);
+    findings.extend(firewall::check(view, &routes));
+    findings.extend(forwards::check(view));
+    findings.extend(peers::check(view));
+    Ok(findings)
 }
 
 /// Each problem of the configuration is a finding.

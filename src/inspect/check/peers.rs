@@ -12,7 +12,7 @@ const COMMON: &str = "/etc/ppp/options";
 
 /// The options in a file that tell which uplink it dials, and what it does to the default route.
 #[derive(Default)]
-struct Options {
+pub struct Options {
     identity: Identity,
     default_route: bool,
     no_default_route: bool,
@@ -27,8 +27,8 @@ impl Options {
     }
 }
 
-/// The file that dials each uplink, by its name, and its options.
-fn peers(root: &Root, config: &Config) -> BTreeMap<UplinkName, (String, Options)> {
+/// The file that dials each uplink, by the name that `pon` takes, and its options.
+pub fn peers(root: &Root, config: &Config) -> BTreeMap<UplinkName, (String, Options)> {
     let common = root.read(COMMON).unwrap_or_default();
     let mut peers = BTreeMap::new();
     for path in root.list(FOLDER) {
@@ -46,11 +46,6 @@ fn peers(root: &Root, config: &Config) -> BTreeMap<UplinkName, (String, Options)
         }
     }
     peers
-}
-
-/// The name that `pon` takes to dial an uplink's link.
-pub fn of(root: &Root, config: &Config, name: &UplinkName) -> Option<String> {
-    peers(root, config).remove(name).map(|(peer, _)| peer)
 }
 
 /// The command that keeps pppd from adding a default route.

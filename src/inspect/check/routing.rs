@@ -4,14 +4,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
-use anyhow::{Error, Result};
+use anyhow::Result;
 
 use super::{Finding, View, few};
 use crate::config::{Routing, Uplink};
 use crate::inspect::snapshot::Snapshot;
 use crate::kernel::ip::RouteLookup;
 use crate::model::link::UplinkLink;
-use crate::model::names::UplinkName;
+use crate::model::names::{IfName, UplinkName};
 use crate::model::route::{FwMark, NOT, Route, RouteKind, RouteRule, TableId};
 
 /// An address in the Internet, for route lookups; nobody has it (TEST-NET-1, RFC 5737).
@@ -31,9 +31,8 @@ pub fn targets(view: &View) -> Result<Targets> {
     let forwards = view.serving().flat_map(|(_, uplink)| &uplink.forwards);
     let targets: BTreeSet<Ipv4Addr> = forwards.map(|forward| forward.to).collect();
     let targets = targets.into_iter().take(MAX_TARGETS);
-    targets
-        .map(|target| Ok((target, lookup(view, target)?)))
-        .collect()
+    let ways = targets.map(|target| Ok((target, lookup(view, target)?)));
+    ways.collect()
 }
 
 /// The route of a packet from the router itself, or where that leads out of an uplink, of a request that came in by the
@@ -44,9 +43,8 @@ fn lookup(view: &View, target: Ipv4Addr) -> Result<Result<RouteLookup, String>> 
         return Ok(way);
     }
     for (_, uplink, link) in view.serving_links() {
-        let mut forwards = uplink.forwards.iter();
         if let Some(routing) = &uplink.routing
-            && forwards.any(|forward| forward.to == target)
+            && uplink.forwards.iter().any(|forward| forward.to == target)
         {
             let question = format!(
                 "{target} from {OUTSIDE} iif {} mark {:#x}",
@@ -76,11 +74,11 @@ pub fn check(view: &View, targets: &Targets) -> Result<Vec<Finding>> {
     let arp = arp.unwrap_or_default();
     for (name, uplink) in view.serving() {
         let mut faults: BTreeMap<Finding, Vec<Ipv4Addr>> = BTreeMap::new();
-        let of_uplink: BTreeSet<Ipv4Addr> = uplink.forwards.iter().map(|it| it.to).collect();
-        for target in of_uplink {
-            let way = targets.get(&target);
-            if let Some(fault) = way.and_then(|way| fault(view, &arp, target, way)) {
-                faults.entry(fault).or_default().push(target);
+        for (target, way) in targets {
+            if uplink.forwards.iter().any(|forward| forward.to == *target)
+                && let Some(fault) = fault(view, &arp, *target, way)
+            {
+                faults.entry(fault).or_default().push(*target);
             }
         }
         for (mut fault, targets) in faults {
@@ -88,10 +86,16 @@ pub fn check(view: &View, targets: &Targets) -> Result<Vec<Finding>> {
             findings.push(fault.of(name));
         }
     }
+    let ip_forward = view.snapshot.root.sysctl("net/ipv4/ip_forward");
     let mut overtaken = Vec::new();
     for (name, uplink, link) in view.serving_links() {
-        if let Some(routing) = &uplink.routing {
-            let lost = replies(view, uplink, routing, link, targets)?;
+        // What is missing is another finding.
+        if let Some(routing) = &uplink.routing
+            && is_installed(view, routing.table)
+            && ip_forward.as_deref() != Some("0")
+        {
+            let mut lost = replies(view, uplink, routing, link, targets)?;
+            lost.extend(own_route(view, routing, link)?);
             overtaken.extend(lost.into_iter().map(|finding| finding.of(name)));
         }
     }
@@ -158,7 +162,7 @@ fn fault(
     is_silent.then(|| Finding::stops("target-silent", why))
 }
 
-/// Replies that leave by another interface than the request came in by, though our rules and routes are installed.
+/// Replies that leave by another interface than the request came in by.
 fn replies(
     view: &View,
     uplink: &Uplink,
@@ -166,21 +170,7 @@ fn replies(
     link: &UplinkLink,
     targets: &Targets,
 ) -> Result<Vec<Finding>> {
-    let mut findings = Vec::new();
-    let (interface, address) = (&link.interface, link.address);
-    let ip_forward = view.snapshot.root.sysctl("net/ipv4/ip_forward");
-    if !is_installed(view, routing.table) || ip_forward.as_deref() == Some("0") {
-        return Ok(findings);
-    }
-    let detour = |question: String| {
-        let answer = view.snapshot.route_get(&question)?;
-        Ok::<_, Error>(match answer {
-            Ok(way) if way.dev == interface.as_str() => None,
-            Ok(way) => Some(by(&way)),
-            Err(words) => Some(words),
-        })
-    };
-    let mark = routing.mark;
+    let (interface, mark) = (&link.interface, routing.mark);
     let mut seen = BTreeSet::new();
     let mut lost: BTreeMap<(String, &str), Vec<Ipv4Addr>> = BTreeMap::new();
     for forward in &uplink.forwards {
@@ -194,19 +184,26 @@ fn replies(
         let outside = forward.from.first().map_or(OUTSIDE, |from| from.ip());
         let (to, lan) = (forward.to, &way.dev);
         let question = format!("{outside} from {to} iif {lan} mark {:#x}", mark.value);
-        if let Some(answer) = detour(question)? {
+        if let Some(answer) = detour(view, interface, &question)? {
             lost.entry((answer, lan)).or_default().push(to);
         }
     }
-    for ((answer, lan), targets) in lost {
+    let findings = lost.into_iter().map(|((answer, lan), targets)| {
         let ahead = ahead(view, &by_mark(view, routing), &targets, |iif| iif == lan);
         let what = format!(
             "replies of {} with the mark {mark} do not leave by {interface}: {answer}",
             few(targets)
         );
-        findings.push(blame(Finding::stops("reply-route", what), &ahead));
-    }
-    if let Some(answer) = detour(format!("{OUTSIDE} from {address}"))? {
+        blame(Finding::stops("reply-route", what), &ahead)
+    });
+    Ok(findings.collect())
+}
+
+/// What the router itself sends from the uplink's address and that leaves by another interface.
+fn own_route(view: &View, routing: &Routing, link: &UplinkLink) -> Result<Option<Finding>> {
+    let (interface, address) = (&link.interface, link.address);
+    let question = format!("{OUTSIDE} from {address}");
+    let finding = detour(view, interface, &question)?.map(|answer| {
         let what = format!(
             "what the router itself sends from {address} does not leave by {interface}: {answer}"
         );
@@ -215,12 +212,23 @@ fn replies(
             ..RouteRule::new(view.config.priority.source, routing.table)
         };
         let ahead = ahead(view, &by_source, &[address], |iif| iif == "lo");
-        findings.push(blame(Finding::harms("own-route", what), &ahead));
-    }
-    Ok(findings)
+        blame(Finding::harms("own-route", what), &ahead)
+    });
+    Ok(finding)
 }
 
-/// Whether all rules and routes that lead to and stand in this table are installed. What is missing is another finding.
+/// The kernel's answer where a packet does not leave by this interface: `by ppp1, table 11`
+fn detour(view: &View, interface: &IfName, question: &str) -> Result<Option<String>> {
+    let way = match view.snapshot.route_get(question)? {
+        Ok(way) if way.dev == interface.as_str() => return Ok(None),
+        Ok(way) => way,
+        Err(words) => return Ok(Some(words)),
+    };
+    let table = way.table.map(|table| format!(", table {table}"));
+    Ok(Some(format!("by {}{}", way.dev, table.unwrap_or_default())))
+}
+
+/// Whether all rules and routes that lead to and stand in this table are installed.
 fn is_installed(view: &View, table: TableId) -> bool {
     let (installed, desired) = (&view.comparison.installed, &view.comparison.desired);
     let leads_there = |rule: &RouteRule| rule.table() == Some(table);
@@ -229,13 +237,6 @@ fn is_installed(view: &View, table: TableId) -> bool {
     desired.rules.iter().any(leads_there)
         && !missing.any(leads_there)
         && !missing_routes.any(|route| route.table == table)
-}
-
-fn by(way: &RouteLookup) -> String {
-    match way.table {
-        Some(table) => format!("by {}, table {table}", way.dev),
-        None => format!("by {}", way.dev),
-    }
 }
 
 /// Names the foreign rules that matched first, and the commands that move them after ours.
@@ -306,7 +307,7 @@ fn overlap(one: FwMark, other: FwMark) -> bool {
 
 /// Foreign rules ahead of ours for all packets, in whose tables the kernel finds no route for replies now.
 fn rules_ahead(view: &View) -> Vec<Finding> {
-    let mut findings: Vec<Finding> = Vec::new();
+    let mut findings = Vec::new();
     let mut told = BTreeSet::new();
     for (name, uplink, link) in view.serving_links() {
         let Some(routing) = &uplink.routing else {

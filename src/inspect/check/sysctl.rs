@@ -100,11 +100,12 @@ fn setter(lines: &[Assignment]) -> Option<&Assignment> {
 
 /// Whether a pattern with one `*` matches a parameter.
 fn fits(pattern: &str, key: &str) -> bool {
-    let rest = pattern.split_once('*').and_then(|(before, after)| {
-        let rest = key.strip_prefix(before)?;
-        rest.strip_suffix(after)
-    });
-    rest.is_some_and(|middle| !middle.contains('/'))
+    let Some((before, after)) = pattern.split_once('*') else {
+        return false;
+    };
+    let rest = key.strip_prefix(before);
+    let middle = rest.and_then(|rest| rest.strip_suffix(after));
+    middle.is_some_and(|middle| !middle.contains('/'))
 }
 
 /// With dots, as people write it; with slashes where an interface's name has a dot.
@@ -164,7 +165,7 @@ pub fn per_link(view: &View) -> Vec<Finding> {
         return Vec::new();
     }
     let lans = view.config.lan.interfaces.iter().map(|lan| (lan, None));
-    let links = view.links().iter();
+    let links = view.comparison.links.iter();
     let links = links.filter_map(|(name, link)| Some((&link.as_ref()?.interface, Some(name))));
     let mut findings = Vec::new();
     for (interface, uplink) in lans.chain(links) {
