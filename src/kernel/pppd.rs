@@ -69,32 +69,25 @@ pub fn dialled(root: &Root) -> Vec<Identity> {
 /// The options of a file (pppd(8), OPTIONS FILES). `unit N` names the interface `pppN`.
 pub fn options(text: &str, peer: &str) -> Options {
     let mut options = Options::default();
-    let words = words(text);
-    let mut words = words.iter().map(String::as_str).peekable();
+    let identity = &mut options.identity;
+    identity.peer = Some(peer.to_owned());
+    let mut words = words(text).into_iter();
     while let Some(word) = words.next() {
-        let value = |words: &mut std::iter::Peekable<_>| -> Option<String> {
-            let value: &str = words.next()?;
-            Some(value.to_owned())
-        };
-        match word {
+        match &word[..] {
             "defaultroute" => options.default_route = true,
             "replacedefaultroute" => options.replaces = true,
             "nodefaultroute" => options.no_default_route = true,
-            "defaultroute-metric" => options.metric = value(&mut words),
-            "unit" => {
-                let name = value(&mut words).map(|unit| format!("ppp{unit}"));
-                options.identity.interface = name.and_then(|name| IfName::parse(&name).ok());
+            "defaultroute-metric" => options.metric = words.next(),
+            "unit" | "ifname" => {
+                let prefix = if word == "unit" { "ppp" } else { "" };
+                let name = words.next().map(|value| format!("{prefix}{value}"));
+                identity.interface = name.and_then(|name| IfName::parse(&name).ok());
             }
-            "ifname" => {
-                let name = value(&mut words);
-                options.identity.interface = name.and_then(|name| IfName::parse(&name).ok());
-            }
-            "ipparam" => options.identity.ipparam = value(&mut words),
-            "linkname" => options.identity.linkname = value(&mut words),
+            "ipparam" => identity.ipparam = words.next(),
+            "linkname" => identity.linkname = words.next(),
             _ => {}
         }
     }
-    options.identity.peer = Some(peer.to_owned());
     options
 }
 

@@ -69,8 +69,6 @@ test_what_came_to_a_pinned_host_by_the_other_uplink_is_answered_there() {
 }
 
 test_a_pinned_host_reaches_nothing_outside_while_its_link_is_down() {
-    local before
-    before=$(lab_dump)
     pinned
     expect_answer "client $X" lanhost tcp 192.0.2.9 80
     lab_link_down ppp0

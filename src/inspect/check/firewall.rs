@@ -49,7 +49,7 @@ pub fn check(view: &View, targets: &Targets) -> Vec<Finding> {
     for (name, uplink, link) in view.serving_links() {
         let chain = name.chain();
         let needs_mark_on_request = filters_strictly(view, link);
-        let mut dropped = Dropped::default();
+        let mut drops = Vec::new();
         let mut reported = BTreeSet::new();
         for forward in &uplink.forwards {
             let (host, _) = forward.target(link.address, None);
@@ -69,13 +69,13 @@ pub fn check(view: &View, targets: &Targets) -> Vec<Finding> {
                     lan: (!way.is_local).then_some(way.dev.as_str()),
                     needs_mark_on_request,
                 };
-                let finding = case.check(&mut dropped, &mut budget);
+                let finding = case.check(&mut drops, &mut budget);
                 // One rule can harm many forwards.
                 let is_new = |it: &Finding| reported.insert((it.id, it.fixes.clone()));
                 findings.extend(finding.filter(is_new).map(|it| it.of(name)));
             }
         }
-        findings.extend(dropped.finding(view, name, uplink, link));
+        findings.extend(dropped(view, name, uplink, link, &drops));
     }
     findings
 }
@@ -83,12 +83,9 @@ pub fn check(view: &View, targets: &Targets) -> Vec<Finding> {
 /// Whether the way back to clients is by another link, unless the request carries our mark.
 fn filters_strictly(view: &View, link: &UplinkLink) -> bool {
     let interface = link.interface.as_str();
-    let mut routes = view.snapshot.kernel.routing.routes.iter();
-    let is_default_link = routes.any(|route| {
-        route.table == TableId::MAIN
-            && route.is_default()
-            && route.dev.as_deref() == Some(interface)
-    });
+    let defaults = view.snapshot.kernel.routing.routes.iter();
+    let mut defaults = defaults.filter(|it| it.table == TableId::MAIN && it.is_default());
+    let is_default_link = defaults.any(|route| route.dev.as_deref() == Some(interface));
     !is_default_link && view.snapshot.rp_filter(interface) == 1
 }
 
@@ -106,9 +103,27 @@ enum Fault {
     Unmarked,
 }
 
+/// Packets of one connection, on their way through iptables.
+struct Trace<'a> {
+    context: Context<'a>,
+    connection: Connection,
+    doubts: Vec<Doubt>,
+}
+
+impl Trace<'_> {
+    fn pass(&mut self, hook: Hook, packet: &mut Packet) -> Result<Passage, Fault> {
+        let mut passage = self.context.pass(hook, packet, &mut self.connection);
+        self.doubts.append(&mut passage.doubts);
+        match passage.stopped.take() {
+            Some(place) => Err(Fault::Dropped(hook, place)),
+            None => Ok(passage),
+        }
+    }
+}
+
 impl Case<'_> {
     /// Traces the packets. A fault is certain if it does not depend on foreign rules that may match or not.
-    fn check(&self, dropped: &mut Dropped, budget: &mut usize) -> Option<Finding> {
+    fn check(&self, drops: &mut Vec<Dropped>, budget: &mut usize) -> Option<Finding> {
         let (first, doubts) = self.trace(&[]);
         let is_dropped = matches!(first, Some(Fault::Dropped(..)));
         // What can change the outcome: of packets that pass, only what translates them or changes their marks counts.
@@ -135,16 +150,14 @@ impl Case<'_> {
             }
         }
         is_certain &= !alternatives.are_left();
-        let mut findings = faults.iter().filter_map(|it| self.finding(it, is_certain));
-        if let Some(finding) = findings.next() {
-            return Some(finding);
-        }
+        let finding = faults.iter().find_map(|it| self.finding(it, is_certain));
         if let Some(Fault::Dropped(hook, place)) = faults.first()
+            && finding.is_none()
             && is_certain
         {
-            dropped.add(self.service(), *hook, place);
+            drops.push((self.service(), *hook, place.clone()));
         }
-        None
+        finding
     }
 
     /// Sends two requests and two replies through iptables: the second ones meet other rules, and marks may have changed.
@@ -161,96 +174,86 @@ impl Case<'_> {
             destination_port: port,
             ..Header::default()
         };
-        let mut connection = Connection::new(self.protocol, original);
-        let mut doubts = Vec::new();
-        let mut pass = |hook, packet: &mut Packet, connection: &mut Connection| {
-            let mut passage = context.pass(hook, packet, connection);
-            doubts.append(&mut passage.doubts);
-            match passage.stopped.take() {
-                Some(place) => Err(Fault::Dropped(hook, place)),
-                None => Ok(passage),
-            }
+        let mut trace = Trace {
+            context,
+            connection: Connection::new(self.protocol, original),
+            doubts: Vec::new(),
         };
         let result = [Position::First, Position::Later]
             .into_iter()
-            .try_for_each(|position| self.round(position, &mut connection, &mut pass));
-        (result.err(), doubts)
+            .try_for_each(|position| self.round(position, &mut trace));
+        (result.err(), trace.doubts)
     }
 
-    fn round(
-        &self,
-        position: Position,
-        connection: &mut Connection,
-        pass: &mut impl FnMut(Hook, &mut Packet, &mut Connection) -> Result<Passage, Fault>,
-    ) -> Result<(), Fault> {
-        let uplink = self.link.interface.to_string();
-        let lan = self.lan.map(str::to_owned);
+    /// One request and its reply.
+    fn round(&self, position: Position, trace: &mut Trace) -> Result<(), Fault> {
+        let original = trace.connection.original;
         let mut request = Packet {
-            iif: Some(uplink.clone()),
+            iif: Some(self.link.interface.to_string()),
             oif: None,
-            header: connection.original,
+            header: original,
             mark: 0,
             position,
         };
-        let mut passages = vec![pass(Hook::Prerouting, &mut request, connection)?];
-        let Passage {
-            accepted,
-            untracked,
-            ..
-        } = &passages[0];
+        let mut passages = vec![trace.pass(Hook::Prerouting, &mut request)?];
+        let first = &passages[0];
         let by_nat = |it: &&Place| it.table == "nat" && it.number > 0 && self.is_foreign(it);
-        let mut takers = untracked.iter().chain(accepted.iter().filter(by_nat));
+        let translating = first.accepted.iter().filter(by_nat);
+        let mut takers = first.untracked.iter().chain(translating);
         if let Some(place) = takers.next() {
             return Err(Fault::Taken(place.clone()));
         }
-        self.judge("connection's", connection.mark, &passages)?;
+        self.judge("connection's", trace.connection.mark, &passages)?;
         if self.needs_mark_on_request {
             self.judge("request's", request.mark, &passages)?;
         }
-        connection.is_dnat = true;
-        let port = connection.original.destination_port;
+        trace.connection.is_dnat = true;
+        let port = original.destination_port;
         let (host, port) = self.forward.target(self.link.address, port);
         request.header.destination = Some(host);
         request.header.destination_port = port;
-        request.oif = lan.clone();
-        let hooks: &[Hook] = match &lan {
+        request.oif = self.lan.map(str::to_owned);
+        let hooks: &[Hook] = match self.lan {
             Some(_) => &[Hook::Forward, Hook::Postrouting],
             None => &[Hook::Input],
         };
         for hook in hooks {
-            passages.push(pass(*hook, &mut request, connection)?);
+            passages.push(trace.pass(*hook, &mut request)?);
         }
-        self.judge("connection's", connection.mark, &passages)?;
+        self.judge("connection's", trace.connection.mark, &passages)?;
+        self.reply(request.header.reversed(), trace)
+    }
 
+    fn reply(&self, header: Header, trace: &mut Trace) -> Result<(), Fault> {
+        let uplink = Some(self.link.interface.to_string());
         let mut reply = Packet {
-            iif: lan.clone(),
+            iif: self.lan.map(str::to_owned),
             // The route of the router's own replies before OUTPUT restores the mark is not asked for.
-            oif: lan.is_none().then(|| uplink.clone()),
-            header: request.header.reversed(),
+            oif: uplink.clone().filter(|_| self.lan.is_none()),
+            header,
             mark: 0,
             position: Position::Reply,
         };
-        let first = lan.as_ref().map_or(Hook::Output, |_| Hook::Prerouting);
-        let passages = [pass(first, &mut reply, connection)?];
+        let (first, others): (Hook, &[Hook]) = match self.lan {
+            Some(_) => (Hook::Prerouting, &[Hook::Forward, Hook::Postrouting]),
+            None => (Hook::Output, &[Hook::Postrouting]),
+        };
+        let passages = [trace.pass(first, &mut reply)?];
         // Replies from the uplink's address need no mark.
-        if host != self.link.address {
+        if header.source != Some(self.link.address) {
             self.judge("reply's", reply.mark, &passages)?;
         }
-        reply.oif = Some(uplink);
-        if lan.is_some() {
-            pass(Hook::Forward, &mut reply, connection)?;
+        reply.oif = uplink;
+        for hook in others {
+            trace.pass(*hook, &mut reply)?;
         }
-        pass(Hook::Postrouting, &mut reply, connection)?;
         Ok(())
     }
 
     /// Whether a mark has our bits, and if not, which foreign rule is the cause.
     fn judge(&self, whose: &'static str, mark: u32, passages: &[Passage]) -> Result<(), Fault> {
-        let routing = self.uplink.routing.as_ref();
-        let Some(ours) = routing
-            .map(|routing| routing.mark)
-            .filter(|it| !it.matches(mark))
-        else {
+        let ours = self.uplink.routing.as_ref().map(|routing| routing.mark);
+        let Some(ours) = ours.filter(|ours| !ours.matches(mark)) else {
             return Ok(());
         };
         let of_connection = whose == "connection's";
@@ -263,28 +266,22 @@ impl Case<'_> {
         }
         // Our rules that mark are at the first hook.
         let mut accepted = passages[0].accepted.iter();
-        let skips = |it: &&Place| it.table == "mangle" && it.number > 0;
-        Err(
-            match accepted.find(skips).filter(|it| self.is_foreign(it)) {
-                Some(place) => Fault::MarkSkipped(place.clone()),
-                None => Fault::Unmarked,
-            },
-        )
+        let skipping = accepted.find(|it| it.table == "mangle" && it.number > 0);
+        let skipping = skipping.filter(|place| self.is_foreign(place)).cloned();
+        Err(skipping.map_or(Fault::Unmarked, Fault::MarkSkipped))
     }
 
     fn is_foreign(&self, place: &Place) -> bool {
-        is_foreign(&self.view.comparison.owners, place)
+        let owners = &self.view.comparison.owners;
+        let rule = Rule(place.text.to_string());
+        is_foreign(owners, place.table, &place.chain, &rule)
     }
 
     /// What is reported of a fault; nothing of packets that are dropped, which are reported together.
     fn finding(&self, fault: &Fault, is_certain: bool) -> Option<Finding> {
-        let new = match is_certain {
-            true => Finding::stops,
-            false => Finding::harms,
-        };
         let verb = |certain, uncertain| if is_certain { certain } else { uncertain };
-        match fault {
-            Fault::Dropped(..) | Fault::Unmarked => None,
+        let finding = match fault {
+            Fault::Dropped(..) | Fault::Unmarked => return None,
             Fault::Taken(place) => {
                 let what = format!(
                     "{} {} {} of {} from our forwards",
@@ -293,7 +290,7 @@ impl Case<'_> {
                     self.service(),
                     self.link.address
                 );
-                Some(new("dnat-ahead", what))
+                Finding::harms("dnat-ahead", what)
             }
             Fault::MarkChanged(whose, change) => {
                 let mask = self.uplink.routing.as_ref()?.mark.mask;
@@ -303,17 +300,15 @@ impl Case<'_> {
                     rule(place),
                     verb("changes", "may change")
                 );
-                let finding = new("mark-wiped", what);
                 let action = change.action.without(mask);
-                if action == action.without(u32::MAX) {
-                    return Some(finding.fix(place.deletion()));
-                }
-                // The same rule in the same place, for the other bits.
-                let (matches, _) = place.text.rsplit_once("-j ")?;
-                Some(
-                    finding
-                        .fix(place.command("-R", &format!("{} {matches}{action}", place.number))),
-                )
+                let fix = if action == action.without(u32::MAX) {
+                    place.deletion()
+                } else {
+                    // The same rule in the same place, for the other bits.
+                    let (matches, _) = place.text.rsplit_once("-j ")?;
+                    place.command("-R", &format!("{} {matches}{action}", place.number))
+                };
+                Finding::harms("mark-wiped", what).fix(fix)
             }
             Fault::MarkSkipped(place) => {
                 let what = format!(
@@ -322,11 +317,12 @@ impl Case<'_> {
                     rule(place)
                 );
                 // Our rules are at the end of the chain; this puts the foreign one after them.
-                let finding = new("mark-skipped", what);
-                let finding = finding.fix(place.command("-D", &place.number.to_string()));
-                Some(finding.fix(place.command("-A", &place.text)))
+                Finding::harms("mark-skipped", what)
+                    .fix(place.command("-D", &place.number.to_string()))
+                    .fix(place.command("-A", &place.text))
             }
-        }
+        };
+        Some(finding.stops_if(is_certain))
     }
 
     /// `tcp/80`, `udp/27015-27030`, `gre`, `everything`
@@ -344,81 +340,65 @@ fn rule(place: &Place) -> String {
     format!("\"-t {} -A {} {}\"", place.table, place.chain, place.text)
 }
 
-fn is_foreign(owners: &Owners, place: &Place) -> bool {
-    let mut tables = Table::ALL.into_iter();
-    let table = tables.find(|table| table.name() == place.table);
-    table.is_none_or(|table| {
-        let rule = Rule(place.text.to_string());
-        owners.owner(Entry::Rule(table, &place.chain, &rule)) == Owner::Foreign
-    })
+fn is_foreign(owners: &Owners, table: &str, chain: &str, rule: &Rule) -> bool {
+    let mut ours = Table::ALL.into_iter();
+    let table = ours.find(|it| it.name() == table);
+    table.is_none_or(|table| owners.owner(Entry::Rule(table, chain, rule)) == Owner::Foreign)
 }
+
+/// A forward's protocol and ports, and where its packets are dropped.
+type Dropped = (String, Hook, Place);
 
 /// The forwards of an uplink whose packets are dropped.
-#[derive(Default)]
-struct Dropped {
-    services: Vec<String>,
-    /// What drops the first of them.
-    by: Option<String>,
-    /// Whether some are dropped in the filter table's FORWARD.
-    in_forward: bool,
-}
-
-impl Dropped {
-    fn add(&mut self, service: String, hook: Hook, place: &Place) {
-        if self.services.last() != Some(&service) {
-            self.services.push(service);
+fn dropped(
+    view: &View,
+    name: &UplinkName,
+    uplink: &Uplink,
+    link: &UplinkLink,
+    drops: &[Dropped],
+) -> Option<Finding> {
+    let (_, _, first) = drops.first()?;
+    let by = match first.number {
+        0 => format!(
+            "{}'s policy in the table {}, DROP",
+            first.chain, first.table
+        ),
+        _ => rule(first),
+    };
+    let mut services: Vec<&String> = drops.iter().map(|(service, ..)| service).collect();
+    services.dedup();
+    let what = format!(
+        "requests or replies of {} are dropped: {} by {by}",
+        count(services.len(), "forward", "forwards"),
+        few(services)
+    );
+    let finding = Finding::stops("forward-dropped", what).of(name);
+    let in_forward = |(_, hook, place): &Dropped| place.table == "filter" && *hook == Hook::Forward;
+    if !drops.iter().any(in_forward) {
+        return Some(finding);
+    }
+    let rules_in_filter = |state: &State| {
+        let mut tables = state.tables.clone();
+        tables.retain(|(table, owner), _| *table == Table::Filter && owner == name);
+        State {
+            tables,
+            ..State::default()
         }
-        self.in_forward |= place.table == "filter" && hook == Hook::Forward;
-        self.by.get_or_insert_with(|| match place.number {
-            0 => format!(
-                "{}'s policy in the table {}, DROP",
-                place.chain, place.table
-            ),
-            _ => rule(place),
-        });
-    }
-
-    fn finding(
-        self,
-        view: &View,
-        name: &UplinkName,
-        uplink: &Uplink,
-        link: &UplinkLink,
-    ) -> Option<Finding> {
-        let what = format!(
-            "requests or replies of {} are dropped: {} by {}",
-            count(self.services.len(), "forward", "forwards"),
-            few(self.services),
-            self.by?
-        );
-        let finding = Finding::stops("forward-dropped", what).of(name);
-        let key = (Table::Filter, name.clone());
-        let filter_rules = |state: &State| {
-            let mut rules = State::default();
-            let own = state.tables.get_key_value(&key);
-            rules
-                .tables
-                .extend(own.map(|(key, own)| (key.clone(), own.clone())));
-            rules
-        };
-        let comparison = &view.comparison;
-        let are_installed = diff(
-            &filter_rules(&comparison.installed),
-            &filter_rules(&comparison.desired),
-        )
-        .is_empty();
-        Some(match (self.in_forward, uplink.accept_forward) {
-            (false, _) => finding,
-            (true, false) => finding
-                .fix(format!("[uplink.{name}] accept-forward = true"))
-                .fix("mh-hook sync"),
-            (true, true) if !are_installed => finding.fix("mh-hook sync"),
-            // A foreign rule comes before ours. Installed again, ours are the first.
-            (true, true) => finding
-                .fix(format!("mh-hook down {}", link.interface))
-                .fix(format!("mh-hook up {}", link.interface)),
-        })
-    }
+    };
+    let installed = rules_in_filter(&view.comparison.installed);
+    let desired = rules_in_filter(&view.comparison.desired);
+    Some(if !uplink.accept_forward {
+        finding
+            .fix(format!("[uplink.{name}] accept-forward = true"))
+            .fix("mh-hook sync")
+    } else if !diff(&installed, &desired).is_empty() {
+        finding.fix("mh-hook sync")
+    } else {
+        // A foreign rule comes before ours. Installed again, ours are the first.
+        finding
+            .fix(format!("mh-hook down {}", link.interface))
+            .fix(format!("mh-hook up {}", link.interface))
+    })
 }
 
 /// Checks the rules of the backend that is not in use: the kernel asks them, too.
@@ -430,24 +410,16 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
     let (owners, ours) = owned(None, ruleset.clone());
     let names: BTreeSet<String> = ours.tables.keys().map(|(_, name)| name.chain()).collect();
     if !names.is_empty() {
-        let finding = Finding::harms(
-            "ours-in-the-other-backend",
-            format!(
-                "{backend} is not in use, but has entries of ours, which are in force: {}",
-                few(&names)
-            ),
+        let what = format!(
+            "{backend} is not in use, but has entries of ours, which are in force: {}",
+            few(names)
         );
-        findings.push(finding.fix("mh-hook sync"));
+        findings.push(Finding::harms("ours-in-the-other-backend", what).fix("mh-hook sync"));
     }
     let mut others = 0;
     for (table, chains) in &ruleset.tables {
-        let ours = Table::ALL.into_iter().find(|it| it.name() == table);
         for (name, chain) in chains {
-            let is_foreign = |rule: &&Rule| {
-                ours.is_none_or(|table| {
-                    owners.owner(Entry::Rule(table, name, rule)) == Owner::Foreign
-                })
-            };
+            let is_foreign = |rule: &&Rule| is_foreign(&owners, table, name, rule);
             others += chain.rules.iter().filter(is_foreign).count();
         }
     }
@@ -494,32 +466,11 @@ fn foreign_chains(listing: &str) -> Vec<String> {
             let is_passed = matches!(family, "ip" | "inet")
                 && matches!(hook.split(' ').next(), Some("prerouting" | "forward"));
             if is_passed && !is_iptables {
-                let policy = if line.contains("policy drop") {
-                    " (policy drop)"
-                } else {
-                    ""
-                };
+                let drops = line.contains("policy drop");
+                let policy = if drops { " (policy drop)" } else { "" };
                 chains.push(format!("{table} {chain}{policy}"));
             }
         }
     }
     chains
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn chains_of_nftables_are_told_from_those_of_iptables() {
-        let listing = "table ip filter {\n\tchain FORWARD {\n\t\ttype filter hook forward priority filter; policy accept;\n\t}\n}\n\
-            table inet filter {\n\tchain input {\n\t\ttype filter hook input priority filter; policy drop;\n\t}\n\
-            \tchain forward {\n\t\ttype filter hook forward priority filter; policy drop;\n\t}\n\tchain web {\n\t}\n}\n\
-            table ip6 filter {\n\tchain FORWARD {\n\t\ttype filter hook forward priority filter; policy drop;\n\t}\n}\n";
-        assert_eq!(
-            foreign_chains(listing),
-            ["inet filter forward (policy drop)"]
-        );
-        assert!(foreign_chains("").is_empty());
-    }
 }

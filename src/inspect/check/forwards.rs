@@ -2,37 +2,29 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
-use std::ops::RangeInclusive;
 
 use super::{Finding, View, few};
 use crate::config::Uplink;
 use crate::kernel::listeners::{Socket, listening_below};
 use crate::kernel::root::Root;
-use crate::model::forward::{Asked, Forward, Protocol};
+use crate::model::forward::{Asked, Protocol};
 
 /// Compares the forwards with each other and with the router's services.
 pub fn check(view: &View) -> Vec<Finding> {
     let mut findings = differences(view);
     let services = services(&view.snapshot.root);
     for (name, uplink) in view.serving() {
-        let link = view.links().get(name).and_then(Option::as_ref);
-        let mut taken = BTreeSet::new();
-        for socket in &services {
-            let is_at_uplink = match socket.address {
-                None => true,
-                Some(address) => link.is_some_and(|link| link.addresses.contains(&address)),
-            };
-            if is_at_uplink && forward(uplink, socket.protocol, socket.port).is_some() {
-                taken.insert((socket.protocol, socket.port));
-            }
-        }
+        let link = view.comparison.links.get(name).and_then(Option::as_ref);
+        let is_at_uplink = |address| link.is_some_and(|link| link.addresses.contains(&address));
+        let taken: BTreeSet<_> = services
+            .iter()
+            .filter(|socket| socket.address.is_none_or(is_at_uplink) && is_taken(uplink, socket))
+            .map(|socket| (socket.protocol, socket.port))
+            .collect();
         if !taken.is_empty() {
-            let ports = taken
-                .iter()
-                .map(|(protocol, port)| format!("{protocol}/{port}"));
             let what = format!(
                 "the router listens on forwarded ports, too; requests from outside go to the forward's target: {}",
-                few(ports)
+                ports(taken)
             );
             findings.push(Finding::note("local-service", what).of(name));
         }
@@ -40,39 +32,38 @@ pub fn check(view: &View) -> Vec<Finding> {
     findings
 }
 
-/// The forward that takes this port for all sources.
-fn forward(uplink: &Uplink, protocol: Protocol, port: u16) -> Option<&Forward> {
+/// `tcp/80, udp/53`
+fn ports(ports: impl IntoIterator<Item = (Protocol, u16)>) -> String {
+    let ports = ports.into_iter();
+    few(ports.map(|(protocol, port)| format!("{protocol}/{port}")))
+}
+
+/// Whether a forward for all sources takes this port.
+fn is_taken(uplink: &Uplink, socket: &Socket) -> bool {
     let asked = Asked {
         source: None,
         destination: None,
-        protocol: protocol.number(),
-        port: Some(port),
+        protocol: socket.protocol.number(),
+        port: Some(socket.port),
     };
     let mut forwards = uplink.forwards.iter();
-    forwards.find(|forward| {
-        forward.takes(asked) && forward.from.is_empty() && forward.address.is_none()
-    })
+    forwards
+        .any(|forward| forward.takes(asked) && forward.from.is_empty() && forward.address.is_none())
 }
 
 /// Ports that two uplinks forward to different places.
 fn differences(view: &View) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let uplinks: Vec<_> = view.serving().collect();
-    let targets: Vec<_> = uplinks.iter().map(|(_, uplink)| targets(uplink)).collect();
-    for (second, (name, _)) in uplinks.iter().enumerate() {
-        for first in 0..second {
-            let differing = targets[second].iter().filter(|(port, target)| {
-                let other = targets[first].get(port);
-                other.is_some_and(|other| other != *target)
-            });
-            let ports: Vec<String> = differing
-                .map(|((protocol, port), _)| format!("{protocol}/{port}"))
-                .collect();
-            if !ports.is_empty() {
+    let uplinks = view.serving();
+    let uplinks: Vec<_> = uplinks.map(|(name, it)| (name, targets(it))).collect();
+    for (second, (name, own)) in uplinks.iter().enumerate() {
+        for (other, others) in &uplinks[..second] {
+            let mut differing = own.clone();
+            differing.retain(|port, target| others.get(port).is_some_and(|it| it != target));
+            if !differing.is_empty() {
                 let what = format!(
-                    "forwards these ports to another target than {} does: {}",
-                    uplinks[first].0,
-                    few(ports)
+                    "forwards these ports to another target than {other} does: {}",
+                    ports(differing.into_keys())
                 );
                 findings.push(Finding::note("forwards-differ", what).of(name));
             }
@@ -81,26 +72,18 @@ fn differences(view: &View) -> Vec<Finding> {
     findings
 }
 
-type Target = (Option<Ipv4Addr>, u16);
-
-/// The target of each port that a forward for all sources names: the first forward takes it. Forwards of all ports are
-/// left out, since they take what the others leave.
-fn targets(uplink: &Uplink) -> BTreeMap<(Protocol, u16), Target> {
+/// The host and port that each port goes to which a forward for all sources names: the first forward takes it. Forwards of
+/// all ports are left out, since they take what the others leave.
+fn targets(uplink: &Uplink) -> BTreeMap<(Protocol, u16), (Option<Ipv4Addr>, u16)> {
     let mut targets = BTreeMap::new();
-    for forward in uplink
-        .forwards
-        .iter()
-        .filter(|forward| forward.from.is_empty())
-    {
-        let Some(ports) = forward.ports else {
+    for forward in &uplink.forwards {
+        let Some(ports) = forward.ports.filter(|_| forward.from.is_empty()) else {
             continue;
         };
         for protocol in forward.protocols.iter() {
             for port in ports.first..=ports.last {
-                let to_port = forward.to_port.unwrap_or(port);
-                targets
-                    .entry((*protocol, port))
-                    .or_insert((forward.to, to_port));
+                let target = (forward.to, forward.to_port.unwrap_or(port));
+                targets.entry((*protocol, port)).or_insert(target);
             }
         }
     }
@@ -110,15 +93,11 @@ fn targets(uplink: &Uplink) -> BTreeMap<(Protocol, u16), Target> {
 /// The sockets of the router's services. A client's UDP socket looks like a service's, but for its ephemeral port.
 fn services(root: &Root) -> Vec<Socket> {
     let range = root.sysctl("net/ipv4/ip_local_port_range");
-    let ephemeral: Option<RangeInclusive<u16>> = range.and_then(|range| {
-        let (first, last) = range.split_once(char::is_whitespace)?;
-        Some(first.trim().parse().ok()?..=last.trim().parse().ok()?)
-    });
-    let is_ephemeral = |port: &u16| ephemeral.as_ref().is_some_and(|range| range.contains(port));
-    let mut sockets: Vec<Socket> = [Protocol::Tcp, Protocol::Udp]
-        .into_iter()
-        .flat_map(|protocol| listening_below(root, protocol))
-        .collect();
-    sockets.retain(|socket| socket.protocol == Protocol::Tcp || !is_ephemeral(&socket.port));
+    let range = range.unwrap_or_default();
+    let range: Vec<u16> = range.split_whitespace().flat_map(str::parse).collect();
+    let is_ephemeral = |port| matches!(range[..], [first, last] if (first..=last).contains(&port));
+    let mut sockets = listening_below(root, Protocol::Udp);
+    sockets.retain(|socket| !is_ephemeral(socket.port));
+    sockets.extend(listening_below(root, Protocol::Tcp));
     sockets
 }

@@ -2,7 +2,7 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::Finding;
@@ -16,21 +16,16 @@ const MAX_SCRIPT: u64 = 64 << 10;
 
 /// Checks that each of pppd's events reaches mh-hook.
 pub fn check(root: &Root) -> Vec<Finding> {
-    SCRIPTS
-        .iter()
-        .flat_map(|script| event(root, script))
-        .collect()
+    let findings = SCRIPTS.iter().flat_map(|script| event(root, script));
+    findings.collect()
 }
 
 fn event(root: &Root, script: &str) -> Vec<Finding> {
     // Without ip-pre-up the entries come a moment later, at ip-up.
     let is_needed = !script.ends_with("/ip-pre-up");
-    let missing = |what: String| {
-        if is_needed {
-            Finding::harms("hook-missing", what)
-        } else {
-            Finding::note("hook-missing", what)
-        }
+    let missing = |what: String| match is_needed {
+        true => Finding::harms("hook-missing", what),
+        false => Finding::note("hook-missing", what),
     };
     // A script that calls mh-hook itself needs no folder.
     if calls_mh_hook(root, script) || calls_mh_hook(root, format!("{script}.local")) {
@@ -68,16 +63,16 @@ fn event(root: &Root, script: &str) -> Vec<Finding> {
 
 /// Whether run-parts(8) runs a program of this name.
 fn is_run(hook: &Path) -> bool {
-    let name = hook.file_name().and_then(OsStr::to_str).unwrap_or_default();
-    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-    !name.is_empty() && name.chars().all(plain)
+    let name = hook.file_name().and_then(OsStr::to_str);
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    name.is_some_and(|name| name.chars().all(is_plain))
 }
 
 /// A hook that can't be run, or that users other than root can change.
 fn modes(root: &Root, hook: &Path) -> Vec<Finding> {
-    let mut findings: Vec<Finding> = writable(root, hook).into_iter().collect();
+    let mut findings = Vec::from_iter(writable(root, hook));
     let metadata = root.metadata(hook);
-    if metadata.is_some_and(|metadata| metadata.permissions().mode() & 0o111 == 0) {
+    if metadata.is_some_and(|metadata| metadata.mode() & 0o111 == 0) {
         let hook = hook.display();
         let what = format!("{hook} is not executable, so it is not run");
         let fix = format!("chmod +x {hook}");
@@ -89,17 +84,16 @@ fn modes(root: &Root, hook: &Path) -> Vec<Finding> {
 fn writable(root: &Root, path: &Path) -> Option<Finding> {
     let metadata = root.metadata(path)?;
     let path = path.display();
-    let finding = |why: String| {
-        let what = format!("users other than root can change what root runs from {path}: {why}");
-        Finding::harms("hook-writable", what)
+    let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+    let (why, command) = if owner != root.owner {
+        (format!("it belongs to user {owner}"), "chown root")
+    } else if mode & 0o022 != 0 {
+        (format!("its mode is {mode:o}"), "chmod go-w")
+    } else {
+        return None;
     };
-    if metadata.uid() != root.owner {
-        let why = format!("it belongs to user {}", metadata.uid());
-        return Some(finding(why).fix(format!("chown root {path}")));
-    }
-    let mode = metadata.permissions().mode() & 0o7777;
-    (mode & 0o022 != 0)
-        .then(|| finding(format!("its mode is {mode:o}")).fix(format!("chmod go-w {path}")))
+    let what = format!("users other than root can change what root runs from {path}: {why}");
+    Some(Finding::harms("hook-writable", what).fix(format!("{command} {path}")))
 }
 
 /// Whether a file is mh-hook, a link to it, or a script that calls it.
@@ -124,9 +118,10 @@ fn mentions(root: &Root, path: impl AsRef<Path>, word: &str) -> bool {
 
 /// Where this program is installed.
 fn program(root: &Root) -> PathBuf {
-    let mut paths = ["/usr/sbin/mh-hook", "/usr/local/sbin/mh-hook"].into_iter();
-    let installed = paths.find(|path| root.exists(path)).map(PathBuf::from);
-    installed
-        .or_else(|| env::current_exe().ok())
-        .unwrap_or_else(|| "/usr/sbin/mh-hook".into())
+    let mut paths = ["/usr/sbin/mh-hook", "/usr/local/sbin/mh-hook"]
+        .map(PathBuf::from)
+        .into_iter();
+    let installed = paths.find(|path| root.exists(path));
+    let program = installed.or_else(|| env::current_exe().ok());
+    program.unwrap_or_else(|| "/usr/sbin/mh-hook".into())
 }

@@ -49,8 +49,8 @@ fn options(root: &Root) -> Vec<Finding> {
 /// A connection table that is nearly full: the kernel drops new connections once it is.
 fn connections(root: &Root) -> Option<Finding> {
     let number = |name: &str| -> Option<u64> {
-        let value = root.sysctl(&format!("net/netfilter/nf_conntrack_{name}"))?;
-        value.parse().ok()
+        let path = format!("net/netfilter/nf_conntrack_{name}");
+        root.sysctl(&path)?.parse().ok()
     };
     let (count, most) = (number("count")?, number("max")?);
     // 0 is no limit.
@@ -59,10 +59,8 @@ fn connections(root: &Root) -> Option<Finding> {
         let what = format!(
             "{count} of at most {most} connections are tracked: the kernel drops new ones when the table is full"
         );
-        let fix = format!(
-            "sysctl -w net.netfilter.nf_conntrack_max={}",
-            most.saturating_mul(2)
-        );
+        let twice = most.saturating_mul(2);
+        let fix = format!("sysctl -w net.netfilter.nf_conntrack_max={twice}");
         Finding::harms("conntrack-full", what).fix(fix)
     })
 }

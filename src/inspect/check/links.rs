@@ -1,7 +1,6 @@
 //! The LAN's interfaces and the uplinks' links, and whether our entries are installed.
 
-use std::fmt;
-
+use super::peers::peers;
 use super::{Finding, View, Weight, count, few};
 use crate::config::{Config, Uplink};
 use crate::inspect::drift::Drift;
@@ -10,7 +9,7 @@ use crate::model::names::{IfName, UplinkName};
 use crate::model::netfilter::Table;
 use crate::model::state::State;
 use crate::reconcile::diff::diff;
-use crate::reconcile::parts::{Part, parts};
+use crate::reconcile::parts::parts;
 use crate::reconcile::{not_listed, unlisted, writes_to};
 
 /// Checks both sides of the router, and our entries.
@@ -18,7 +17,7 @@ pub fn check(view: &View) -> Vec<Finding> {
     let mut findings = lan(view);
     for (name, uplink) in &view.config.uplinks {
         let is_told = view.comparison.troubles.contains_key(name);
-        if view.links().get(name).is_none_or(Option::is_none) && !is_told {
+        if view.comparison.links.get(name).is_none_or(Option::is_none) && !is_told {
             findings.push(link(view, name, uplink));
         }
     }
@@ -29,56 +28,35 @@ pub fn check(view: &View) -> Vec<Finding> {
     findings
 }
 
-/// Why an interface carries nothing.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fault {
-    Missing,
-    Down,
-    NoAddress,
-}
+const MISSING: &str = "does not exist";
+const DOWN: &str = "is down";
 
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Missing => "does not exist",
-            Self::Down => "is down",
-            Self::NoAddress => "has no IPv4 address",
-        })
-    }
-}
-
-/// None where the interface is up and has an address.
-fn fault(view: &View, interface: &str) -> Option<Fault> {
+/// Why an interface carries nothing; none where it is up and has an address.
+fn fault(view: &View, interface: &str) -> Option<&'static str> {
     match view.snapshot.kernel.links.get(interface) {
-        None => Some(Fault::Missing),
-        Some(link) if !link.up => Some(Fault::Down),
-        Some(link) if link.addresses.is_empty() => Some(Fault::NoAddress),
+        None => Some(MISSING),
+        Some(link) if !link.up => Some(DOWN),
+        Some(link) if link.addresses.is_empty() => Some("has no IPv4 address"),
         Some(_) => None,
     }
 }
 
 fn lan(view: &View) -> Vec<Finding> {
-    let interfaces = &view.config.lan.interfaces;
-    let faulty: Vec<_> = interfaces
-        .iter()
-        .filter_map(|lan| Some((lan, fault(view, lan.as_str())?)))
-        .collect();
-    let is_cut_off = faulty.len() == interfaces.len();
-    let findings = faulty.into_iter().map(|(lan, fault)| {
+    let lans = view.config.lan.interfaces.iter();
+    let mut findings = Vec::new();
+    for (lan, fault) in lans.filter_map(|lan| Some((lan, fault(view, lan.as_str())?))) {
         let what = format!("the LAN's interface {lan} {fault}");
-        let finding = if is_cut_off {
-            Finding::stops("lan-interface", what)
-        } else {
-            Finding::harms("lan-interface", what)
-        };
-        match fault {
-            Fault::Missing => finding.fix(format!(
-                "[lan] interfaces = […]: without \"{lan}\", or add the interface"
-            )),
-            Fault::Down => finding.fix(format!("ip link set {lan} up")),
-            Fault::NoAddress => finding,
+        let mut finding = Finding::harms("lan-interface", what);
+        if fault == MISSING {
+            let fix = format!("[lan] interfaces = […]: without \"{lan}\", or add the interface");
+            finding = finding.fix(fix);
+        } else if fault == DOWN {
+            finding = finding.fix(format!("ip link set {lan} up"));
         }
-    });
+        findings.push(finding);
+    }
+    let is_cut_off = findings.len() == view.config.lan.interfaces.len();
+    let findings = findings.into_iter().map(|it| it.stops_if(is_cut_off));
     findings.collect()
 }
 
@@ -93,19 +71,15 @@ fn link(view: &View, name: &UplinkName, uplink: &Uplink) -> Finding {
         }
         (None, _) => "no installed entry tells which interface is the uplink's link: it was not dialled, or the hook was not run".into(),
     };
-    let finding = if uplink.forwards.is_empty() {
-        Finding::harms("link", what)
-    } else {
-        Finding::stops("link", what)
-    };
-    let finding = finding.of(name);
+    let is_serving = !uplink.forwards.is_empty();
+    let finding = Finding::harms("link", what).of(name).stops_if(is_serving);
     if let Some(free) = free(view, interface) {
         return finding.fix(format!("mh-hook --uplink {name} up {free}"));
     }
-    if let Some(peer) = super::peers::of(&view.snapshot.root, view.config, name) {
+    if let Some((peer, _)) = peers(&view.snapshot.root, view.config).remove(name) {
         return finding.fix(format!("pon {peer}"));
     }
-    match interface.filter(|_| fault == Some(Fault::Down)) {
+    match interface.filter(|_| fault == Some(DOWN)) {
         Some(interface) => finding.fix(format!("ip link set {interface} up")),
         None => finding,
     }
@@ -113,14 +87,10 @@ fn link(view: &View, name: &UplinkName, uplink: &Uplink) -> Finding {
 
 /// The one PPP link that is up, may be this uplink's, and is not another uplink's.
 fn free<'a>(view: &'a View, interface: Option<&IfName>) -> Option<&'a str> {
-    let is_taken = |name: &str| {
-        let mut links = view.links().values().flatten();
-        links.any(|link| link.interface.as_str() == name)
-    };
     let names = view.snapshot.kernel.links.keys().map(String::as_str);
     let mut free = names.filter(|name| {
         let may_be = interface.map_or(name.starts_with("ppp"), |own| own.as_str() == *name);
-        may_be && fault(view, name).is_none() && !is_taken(name)
+        may_be && fault(view, name).is_none() && !view.is_link(name)
     });
     free.next().filter(|_| free.next().is_none())
 }
@@ -131,14 +101,13 @@ pub fn tables(snapshot: &Snapshot, config: Option<&Config>) -> Vec<Finding> {
     let findings = unlisted.map(|name| {
         let is_used = |table: &Table| table.name() == name && writes_to(*table, config);
         let (what, fix) = not_listed(name);
-        let finding = if Table::ALL.iter().any(is_used) {
-            let what = what + ", so mh-hook writes nothing there";
+        let mut finding = Finding::note("table-not-listed", what).fix(fix);
+        if Table::ALL.iter().any(is_used) {
+            finding.what += ", so mh-hook writes nothing there";
             // What is installed goes on working.
-            Finding::harms("table-not-listed", what)
-        } else {
-            Finding::note("table-not-listed", what)
-        };
-        finding.fix(fix)
+            finding.weight = Weight::Harms;
+        }
+        finding
     });
     findings.collect()
 }
@@ -154,46 +123,32 @@ fn drift(view: &View) -> Vec<Finding> {
     } = &view.comparison;
     let (parts, orphans) = parts(view.config, owners, installed, links);
     for (name, part) in &parts {
-        findings.extend(differs(view.snapshot, part).map(|mut finding| {
-            if view.config.uplinks[name].forwards.is_empty() {
-                finding.weight = Weight::Harms;
+        let steps = view.snapshot.steps(&part.installed, &part.desired);
+        let Drift { missing, extra } = Drift::entries(&steps);
+        let mut texts = Vec::new();
+        for (entries, kind) in [(&missing, "missing"), (&extra, "extra")] {
+            if !entries.is_empty() {
+                let number = count(entries.len(), "entry is", "entries are");
+                texts.push(format!("{number} {kind}: {}", few(entries)));
             }
-            finding.of(name)
-        }));
+        }
+        if !texts.is_empty() {
+            let is_serving = !view.config.uplinks[name].forwards.is_empty();
+            let finding = Finding::harms("drift", texts.join("; ")).of(name);
+            let finding = finding.stops_if(is_serving && !missing.is_empty());
+            findings.push(finding.fix("mh-hook sync"));
+        }
     }
     let orphans = Drift::entries(&diff(&orphans, &State::default())).extra;
     if !orphans.is_empty() {
-        let what = format!(
-            "{} to no configured uplink; sync runs {}",
-            count(
-                orphans.len(),
-                "entry of ours belongs",
-                "entries of ours belong"
-            ),
-            few(orphans)
+        let entries = count(
+            orphans.len(),
+            "entry of ours belongs",
+            "entries of ours belong",
         );
+        let orphans = few(orphans);
+        let what = format!("{entries} to no configured uplink; sync runs {orphans}");
         findings.push(Finding::harms("orphans", what).fix("mh-hook sync"));
     }
     findings
-}
-
-fn differs(snapshot: &Snapshot, part: &Part) -> Option<Finding> {
-    let steps = snapshot.steps(&part.installed, &part.desired);
-    let Drift { missing, extra } = Drift::entries(&steps);
-    let mut texts = Vec::new();
-    if !missing.is_empty() {
-        let number = count(missing.len(), "entry is", "entries are");
-        texts.push(format!("{number} missing: {}", few(&missing)));
-    }
-    if !extra.is_empty() {
-        let number = count(extra.len(), "entry is", "entries are");
-        texts.push(format!("{number} extra: {}", few(&extra)));
-    }
-    let what = texts.join("; ");
-    let finding = match (missing.is_empty(), extra.is_empty()) {
-        (true, true) => return None,
-        (true, false) => Finding::harms("drift", what),
-        (false, _) => Finding::stops("drift", what),
-    };
-    Some(finding.fix("mh-hook sync"))
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::config::{Config, Errors, Uplink};
 use crate::inspect::report::{Report, Style, Tone};
 use crate::inspect::snapshot::{Comparison, Snapshot};
-use crate::model::link::{UplinkLink, UplinkLinks};
+use crate::model::link::UplinkLink;
 use crate::model::names::UplinkName;
 
 mod firewall;
@@ -31,7 +31,7 @@ pub struct Check {
 }
 
 /// How much was checked; foreign entries count, too.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Serialize)]
 pub struct Scope {
     pub uplinks: usize,
     pub forwards: usize,
@@ -41,8 +41,24 @@ pub struct Scope {
     pub iptables_rules: usize,
 }
 
+impl Scope {
+    fn new(snapshot: &Snapshot, config: Option<&Config>) -> Self {
+        let uplinks = config.iter().flat_map(|config| config.uplinks.values());
+        let rulesets = snapshot.rulesets.iter();
+        let tables = rulesets.flat_map(|(_, ruleset)| ruleset.tables.values());
+        let chains = tables.flat_map(|table| table.values());
+        Self {
+            uplinks: uplinks.clone().count(),
+            forwards: uplinks.map(|uplink| uplink.forwards.len()).sum(),
+            route_rules: snapshot.kernel.routing.rules.len(),
+            routes: snapshot.kernel.routing.routes.len(),
+            iptables_rules: chains.map(|chain| chain.rules.len()).sum(),
+        }
+    }
+}
+
 /// Something that is wrong, or worth knowing.
-#[derive(Debug, Serialize)]
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Finding {
     /// Never changes, so that programs can rely on it.
     pub id: &'static str,
@@ -98,6 +114,13 @@ impl Finding {
         self.fixes.push(line.into());
         self
     }
+
+    fn stops_if(mut self, does_stop: bool) -> Self {
+        if does_stop {
+            self.weight = Weight::Stops;
+        }
+        self
+    }
 }
 
 /// What the checks that need a configuration look at.
@@ -108,8 +131,9 @@ struct View<'a> {
 }
 
 impl View<'_> {
-    fn links(&self) -> &UplinkLinks {
-        &self.comparison.links
+    fn is_link(&self, interface: &str) -> bool {
+        let mut links = self.comparison.links.values().flatten();
+        links.any(|link| link.interface.as_str() == interface)
     }
 
     /// The uplinks that have forwards.
@@ -120,8 +144,9 @@ impl View<'_> {
 
     /// The uplinks that have forwards and whose link is up.
     fn serving_links(&self) -> impl Iterator<Item = (&UplinkName, &Uplink, &UplinkLink)> {
-        self.serving()
-            .filter_map(|(name, uplink)| Some((name, uplink, self.links().get(name)?.as_ref()?)))
+        self.serving().filter_map(|(name, uplink)| {
+            Some((name, uplink, self.comparison.links.get(name)?.as_ref()?))
+        })
     }
 }
 
@@ -129,54 +154,24 @@ impl View<'_> {
 /// Errors: a tool can't be run, or its answer can't be read.
 pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Check> {
     let root = &snapshot.root;
-    let mut findings = Vec::new();
-    let mut looked_at = Scope {
-        route_rules: snapshot.kernel.routing.rules.len(),
-        routes: snapshot.kernel.routing.routes.len(),
-        ..Scope::default()
-    };
-    for (_, ruleset) in &snapshot.rulesets {
-        let chains = ruleset.tables.values().flat_map(|table| table.values());
-        looked_at.iptables_rules += chains.map(|chain| chain.rules.len()).sum::<usize>();
-    }
-    match config {
-        Ok(config) => {
-            looked_at.uplinks = config.uplinks.len();
-            let uplinks = config.uplinks.values();
-            looked_at.forwards = uplinks.map(|uplink| uplink.forwards.len()).sum();
-        }
-        Err(error) => findings.extend(configuration(error)),
-    }
+    let looked_at = Scope::new(snapshot, config.ok());
+    let mut findings = config.err().map(configuration).unwrap_or_default();
     let needs_system = config.is_err() || looked_at.uplinks > 0;
     if needs_system {
         findings.extend(sysctl::forwarding(root));
     } else {
-        findings.push(Finding::note(
-            "no-uplinks",
-            "the configuration has no uplinks, so there is nothing to do: see mh-hook.toml(5)",
-        ));
+        let what =
+            "the configuration has no uplinks, so there is nothing to do: see mh-hook.toml(5)";
+        findings.push(Finding::note("no-uplinks", what));
     }
     findings.extend(links::tables(snapshot, config.ok()));
     if let Ok(config) = config {
         match snapshot.compare(config) {
-            Ok(comparison) => {
-                let view = View {
-                    snapshot,
-                    config,
-                    comparison,
-                };
-                let troubles = view.comparison.troubles.values();
-                let troubles =
-                    troubles.map(|error| Finding::stops("address", format!("{error:#}")));
-                findings.extend(troubles);
-                findings.extend(links::check(&view));
-                findings.extend(sysctl::per_link(&view));
-                let routes = routing::targets(&view)?;
-                findings.extend(routing::check(&view, &routes)?);
-                findings.extend(firewall::check(&view, &routes));
-                findings.extend(forwards::check(&view));
-                findings.extend(peers::check(&view));
-            }
+            Ok(comparison) => findings.extend(configured(&View {
+                snapshot,
+                config,
+                comparison,
+            })?),
             Err(error) => findings.push(Finding::stops("address", format!("{error:#}"))),
         }
     }
@@ -196,16 +191,31 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
     })
 }
 
+/// The checks that need a configuration.
+fn configured(view: &View) -> Result<Vec<Finding>> {
+    let troubles = view.comparison.troubles.values();
+    let troubles = troubles.map(|error| Finding::stops("address", format!("{error:#}")));
+    let mut findings: Vec<Finding> = troubles.collect();
+    findings.extend(links::check(view));
+    findings.extend(sysctl::per_link(view));
+    let routes = routing::targets(view)?;
+    findings.extend(routing::check(view, &routes)?);
+    findings.extend(firewall::check(view, &routes));
+    findings.extend(forwards::check(view));
+    findings.extend(peers::check(view));
+    Ok(findings)
+}
+
 /// Each problem of the configuration is a finding.
 fn configuration(error: &Error) -> Vec<Finding> {
     let lines: Vec<String> = match error.downcast_ref::<Errors>() {
         Some(errors) => errors.lines().collect(),
         None => vec![format!("{error:#}")],
     };
-    let findings = lines.into_iter();
-    findings
-        .map(|line| Finding::stops("configuration", line))
-        .collect()
+    let findings = lines
+        .into_iter()
+        .map(|line| Finding::stops("configuration", line));
+    findings.collect()
 }
 
 impl Report for Check {
@@ -231,12 +241,9 @@ impl Report for Check {
                 Weight::Harms => style.paint(Tone::Doubtful, "harms"),
                 Weight::Note => style.paint(Tone::Strong, "note"),
             };
-            text += &format!("{weight}: ");
-            if let Some(uplink) = &finding.uplink {
-                text += &format!("{uplink}: ");
-            }
-            text += &finding.what;
-            text.push('\n');
+            let uplink = finding.uplink.as_ref().map(|name| format!("{name}: "));
+            let uplink = uplink.unwrap_or_default();
+            text += &format!("{weight}: {uplink}{}\n", finding.what);
             for line in &finding.fixes {
                 text += &format!("    {line}\n");
             }
@@ -245,10 +252,8 @@ impl Report for Check {
     }
 
     fn is_well(&self) -> bool {
-        !self
-            .findings
-            .iter()
-            .any(|finding| finding.weight == Weight::Stops)
+        let mut weights = self.findings.iter().map(|finding| finding.weight);
+        weights.all(|weight| weight != Weight::Stops)
     }
 }
 

@@ -8,8 +8,8 @@ use crate::kernel::pppd::{Options, PEERS as FOLDER, options, peer_options};
 use crate::kernel::root::Root;
 use crate::model::names::UplinkName;
 
-/// The file that dials each uplink, by its name, and its options.
-fn peers(root: &Root, config: &Config) -> BTreeMap<UplinkName, (String, Options)> {
+/// The file that dials each uplink, by the name that `pon` takes, and its options.
+pub fn peers(root: &Root, config: &Config) -> BTreeMap<UplinkName, (String, Options)> {
     let mut peers = BTreeMap::new();
     for path in root.list(FOLDER) {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -27,55 +27,43 @@ fn peers(root: &Root, config: &Config) -> BTreeMap<UplinkName, (String, Options)
     peers
 }
 
-/// The name that `pon` takes to dial an uplink's link.
-pub fn of(root: &Root, config: &Config, name: &UplinkName) -> Option<String> {
-    peers(root, config).remove(name).map(|(peer, _)| peer)
+/// The command that keeps pppd from adding a default route.
+fn turn_off(root: &Root, peer: &str) -> String {
+    let path = format!("{FOLDER}/{peer}");
+    if options(&root.read(&path).unwrap_or_default(), peer).adds_default() {
+        let pattern = "^[[:space:]]*(replace)?defaultroute[[:space:]]*$";
+        format!("sed -i -E 's/{pattern}/nodefaultroute/' {path}")
+    } else {
+        // The option stands in /etc/ppp/options.
+        format!("echo nodefaultroute >> {path}")
+    }
 }
 
 /// Finds links that take the default route from each other.
 pub fn check(view: &View) -> Vec<Finding> {
     let root = &view.snapshot.root;
-    let peers = peers(root, view.config);
-    let mut findings = Vec::new();
-    let adding: Vec<_> = peers
-        .iter()
-        .filter(|(_, (_, options))| options.adds_default())
-        .collect();
+    let mut adding = peers(root, view.config);
+    adding.retain(|_, (_, options)| options.adds_default());
     let is_serving = |name: &UplinkName| !view.config.uplinks[name].forwards.is_empty();
-    let off = |peer: &str| {
-        let path = format!("{FOLDER}/{peer}");
-        let own = options(&root.read(&path).unwrap_or_default(), peer);
-        if own.adds_default() {
-            format!(
-                "sed -i -E 's/^[[:space:]]*(replace)?defaultroute[[:space:]]*$/nodefaultroute/' {path}"
-            )
-        } else {
-            // The option stands in /etc/ppp/options.
-            format!("echo nodefaultroute >> {path}")
-        }
-    };
+    let has_plain = view.config.uplinks.keys().any(|name| !is_serving(name));
+    let mut findings = Vec::new();
     let mut told = None;
     for (name, (peer, options)) in &adding {
-        let others = adding.iter().any(|(other, _)| other != name);
-        let has_plain = view.config.uplinks.keys().any(|name| !is_serving(name));
-        if options.replaces && is_serving(name) && (others || has_plain) {
+        if options.replaces && is_serving(name) && (adding.len() > 1 || has_plain) {
             let what = format!(
                 "{FOLDER}/{peer} says replacedefaultroute: whenever this link comes up, it takes the default route \
                  from the other links"
             );
-            findings.push(
-                Finding::harms("peers-replacedefaultroute", what)
-                    .of(name)
-                    .fix(off(peer)),
-            );
-            told = Some(*name);
+            let finding = Finding::harms("peers-replacedefaultroute", what).of(name);
+            findings.push(finding.fix(turn_off(root, peer)));
+            told = Some(name);
         }
     }
     let mut metrics: BTreeMap<&Option<String>, Vec<_>> = BTreeMap::new();
     for (name, (peer, options)) in &adding {
-        if Some(*name) != told {
+        if Some(name) != told {
             let same = metrics.entry(&options.metric).or_default();
-            same.push((*name, peer));
+            same.push((name, peer));
         }
     }
     for same in metrics.values().filter(|same| same.len() > 1) {
@@ -92,7 +80,7 @@ pub fn check(view: &View) -> Vec<Finding> {
             false => serving,
         };
         for (_, peer) in losers {
-            finding = finding.fix(off(peer));
+            finding = finding.fix(turn_off(root, peer));
         }
         findings.push(finding);
     }

@@ -11,7 +11,7 @@ use crate::config::{Routing, Uplink};
 use crate::inspect::snapshot::Snapshot;
 use crate::kernel::ip::RouteLookup;
 use crate::model::link::UplinkLink;
-use crate::model::names::UplinkName;
+use crate::model::names::{IfName, UplinkName};
 use crate::model::route::{FwMark, NOT, Route, RouteKind, RouteRule, TableId};
 
 /// An address in the Internet, for route lookups; nobody has it (TEST-NET-1, RFC 5737).
@@ -26,18 +26,16 @@ pub type Targets = BTreeMap<Ipv4Addr, Result<RouteLookup, String>>;
 /// Looks up the routes to the forwards' targets.
 /// Errors: the kernel's answer can't be read.
 pub fn targets(view: &View) -> Result<Targets> {
-    let forwards = view.serving_links().flat_map(|(_, uplink, link)| {
-        let forwards = uplink.forwards.iter();
-        forwards.map(|forward| forward.target(link.address, None).0)
-    });
-    // Those of links that are down are told, too.
     let hosts = view.serving().flat_map(|(_, uplink)| &uplink.forwards);
     let hosts = hosts.filter_map(|forward| forward.to);
-    let targets: BTreeSet<Ipv4Addr> = forwards.chain(hosts).collect();
+    // Of a forward to this router itself, the link's address.
+    let is_own = |uplink: &Uplink| uplink.forwards.iter().any(|it| it.to.is_none());
+    let own = view.serving_links().filter(|(_, uplink, _)| is_own(uplink));
+    let own = own.map(|(_, _, link)| link.address);
+    let targets: BTreeSet<Ipv4Addr> = hosts.chain(own).collect();
     let targets = targets.into_iter().take(MAX_TARGETS);
-    targets
-        .map(|target| Ok((target, lookup(view, target)?)))
-        .collect()
+    let ways = targets.map(|target| Ok((target, lookup(view, target)?)));
+    ways.collect()
 }
 
 /// The route of a packet from the router itself, or where that leads out of an uplink, of a request that came in by the
@@ -48,9 +46,11 @@ fn lookup(view: &View, target: Ipv4Addr) -> Result<Result<RouteLookup, String>> 
         return Ok(way);
     }
     for (_, uplink, link) in view.serving_links() {
-        let mut forwards = uplink.forwards.iter();
         if let Some(routing) = &uplink.routing
-            && forwards.any(|forward| forward.to == Some(target))
+            && uplink
+                .forwards
+                .iter()
+                .any(|forward| forward.to == Some(target))
         {
             let question = format!(
                 "{target} from {OUTSIDE} iif {} mark {:#x}",
@@ -67,9 +67,7 @@ fn lookup(view: &View, target: Ipv4Addr) -> Result<Result<RouteLookup, String>> 
 
 /// Whether there is a route, and it does not lead out of an uplink.
 fn reaches_lan(view: &View, way: &Result<RouteLookup, String>) -> bool {
-    let mut links = view.links().values().flatten();
-    way.as_ref()
-        .is_ok_and(|way| links.all(|link| link.interface.as_str() != way.dev))
+    way.as_ref().is_ok_and(|way| !view.is_link(&way.dev))
 }
 
 /// Checks the routes of requests and replies, and the foreign rules and routes beside ours.
@@ -79,30 +77,39 @@ pub fn check(view: &View, targets: &Targets) -> Result<Vec<Finding>> {
     let arp = view.snapshot.root.read("/proc/net/arp");
     let arp = arp.unwrap_or_default();
     for (name, uplink) in view.serving() {
-        let mut faults: BTreeMap<Fault, Vec<Ipv4Addr>> = BTreeMap::new();
-        let of_uplink: BTreeSet<Ipv4Addr> = uplink.forwards.iter().filter_map(|it| it.to).collect();
-        for target in of_uplink {
-            let way = targets.get(&target);
-            if let Some(fault) = way.and_then(|way| fault(view, &arp, target, way)) {
-                faults.entry(fault).or_default().push(target);
+        let mut faults: BTreeMap<Finding, Vec<Ipv4Addr>> = BTreeMap::new();
+        for (target, way) in targets {
+            if uplink
+                .forwards
+                .iter()
+                .any(|forward| forward.to == Some(*target))
+                && let Some(fault) = fault(view, &arp, *target, way)
+            {
+                faults.entry(fault).or_default().push(*target);
             }
         }
-        for (fault, targets) in faults {
-            let what = format!("the forwards' target {}: {}", few(targets), fault.why);
-            let mut finding = Finding::stops(fault.id, what).of(name);
-            finding.fixes = fault.fixes;
-            findings.push(finding);
+        for (mut fault, targets) in faults {
+            fault.what = format!("the forwards' target {}: {}", few(targets), fault.what);
+            findings.push(fault.of(name));
         }
     }
-    let mut overtaken = false;
+    let ip_forward = view.snapshot.root.sysctl("net/ipv4/ip_forward");
+    let mut overtaken = Vec::new();
     for (name, uplink, link) in view.serving_links() {
-        let lost = replies(view, uplink, link, targets)?;
-        overtaken |= !lost.is_empty();
-        findings.extend(lost.into_iter().map(|finding| finding.of(name)));
+        // What is missing is another finding.
+        if let Some(routing) = &uplink.routing
+            && is_installed(view, routing.table)
+            && ip_forward.as_deref() != Some("0")
+        {
+            let mut lost = replies(view, uplink, routing, link, targets)?;
+            lost.extend(own_route(view, routing, link)?);
+            overtaken.extend(lost.into_iter().map(|finding| finding.of(name)));
+        }
     }
-    if !overtaken {
-        findings.extend(rules_ahead(view));
+    if overtaken.is_empty() {
+        overtaken = rules_ahead(view);
     }
+    findings.extend(overtaken);
     findings.extend(tables(view));
     findings.extend(marks(view));
     Ok(findings)
@@ -114,59 +121,42 @@ fn lan_networks(view: &View) -> Result<Vec<Finding>> {
     let lans = &view.config.lan.interfaces;
     for network in &view.config.lan.networks {
         let host = network.nth(1).unwrap_or(network.ip());
-        let way = view.snapshot.route_get(&host.to_string())?;
-        let place = match way {
-            Ok(way) if way.is_local => continue,
-            Ok(way) if lans.iter().any(|lan| lan.as_str() == way.dev) => continue,
+        let place = match view.snapshot.route_get(&host.to_string())? {
+            Ok(way) if way.is_local || lans.iter().any(|lan| lan.as_str() == way.dev) => continue,
             Ok(way) => format!("is behind {}", way.dev),
             Err(words) => format!("has no route ({words})"),
         };
-        let what = format!(
-            "the LAN's network {network} {place}, not behind {}",
-            few(lans)
-        );
-        findings.push(
-            Finding::harms("lan-network", what)
-                .fix("[lan] interfaces = […], networks = […]: as ip -4 address shows them"),
-        );
+        let lans = few(lans);
+        let what = format!("the LAN's network {network} {place}, not behind {lans}");
+        let fix = "[lan] interfaces = […], networks = […]: as ip -4 address shows them";
+        findings.push(Finding::harms("lan-network", what).fix(fix));
     }
     Ok(findings)
 }
 
-/// What is wrong with a forward's target.
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Fault {
-    id: &'static str,
-    /// The end of a sentence that begins with the target.
-    why: String,
-    fixes: Vec<String>,
-}
-
-/// What is wrong with a forward's target, as far as routing and ARP tell.
+/// What is wrong with a forward's target, as far as routing and ARP tell: the end of a sentence that begins with the target.
 fn fault(
     view: &View,
     arp: &str,
     target: Ipv4Addr,
     way: &Result<RouteLookup, String>,
-) -> Option<Fault> {
-    let fault = |id, why, fixes| Some(Fault { id, why, fixes });
+) -> Option<Finding> {
     let way = match way {
         Ok(way) => way,
-        Err(words) => return fault("target-route", format!("no route: {words}"), Vec::new()),
+        Err(words) => {
+            let why = format!("no route: {words}");
+            return Some(Finding::stops("target-route", why));
+        }
     };
-    let mut links = view.links().values().flatten();
-    if links.any(|link| link.interface.as_str() == way.dev) {
+    if view.is_link(&way.dev) {
         let why = format!("routed out of the uplink {}, not into a LAN", way.dev);
-        let rules = view.snapshot.kernel.routing.rules.iter().filter(|rule| {
+        let is_ahead = |rule: &&RouteRule| {
             let table = rule.table().filter(|table| *table != TableId::MAIN);
-            let is_ahead = rule.priority < LAST && table == way.table;
-            !rule.is_ours() && table.is_some() && is_ahead
-        });
-        let blamed = blame(
-            Finding::stops("target-route", why),
-            &rules.collect::<Vec<_>>(),
-        );
-        return fault("target-route", blamed.what, blamed.fixes);
+            !rule.is_ours() && table.is_some() && rule.priority < LAST && table == way.table
+        };
+        let rules = view.snapshot.kernel.routing.rules.iter();
+        let rules: Vec<_> = rules.filter(is_ahead).collect();
+        return Some(blame(Finding::stops("target-route", why), &rules));
     }
     let neighbour = way.via.clone().unwrap_or(target.to_string());
     // `IP address  HW type  Flags  HW address  Mask  Device`: flags 0 where nobody has answered
@@ -176,27 +166,18 @@ fn fault(
         matches!(words[..], [address, _, "0x0", .., dev] if address == neighbour && dev == way.dev)
     });
     let why = format!("off, or elsewhere: nobody on {} answers ARP", way.dev);
-    is_silent
-        .then(|| fault("target-silent", why, Vec::new()))
-        .flatten()
+    is_silent.then(|| Finding::stops("target-silent", why))
 }
 
-/// Replies that leave by another interface than the request came in by, though our rules and routes are installed.
+/// Replies that leave by another interface than the request came in by.
 fn replies(
     view: &View,
     uplink: &Uplink,
+    routing: &Routing,
     link: &UplinkLink,
     targets: &Targets,
 ) -> Result<Vec<Finding>> {
-    let mut findings = Vec::new();
-    let Some(routing) = &uplink.routing else {
-        return Ok(findings);
-    };
-    let interface = link.interface.as_str();
-    let ip_forward = view.snapshot.root.sysctl("net/ipv4/ip_forward");
-    if !is_installed(view, routing.table) || ip_forward.as_deref() == Some("0") {
-        return Ok(findings);
-    }
+    let (interface, mark) = (&link.interface, routing.mark);
     let mut seen = BTreeSet::new();
     let mut lost: BTreeMap<(String, &str), Vec<Ipv4Addr>> = BTreeMap::new();
     for forward in &uplink.forwards {
@@ -209,92 +190,70 @@ fn replies(
             continue;
         }
         let outside = forward.from.first().map_or(OUTSIDE, |from| from.ip());
-        let question = format!(
-            "{outside} from {} iif {} mark {:#x}",
-            to, way.dev, routing.mark.value
-        );
-        let answer = match view.snapshot.route_get(&question)? {
-            Ok(answer) if answer.dev == interface => continue,
-            Ok(answer) => by(&answer),
-            Err(words) => words,
-        };
-        let same = lost.entry((answer, &way.dev)).or_default();
-        same.push(to);
-    }
-    for ((answer, dev), targets) in lost {
-        let ahead = Ahead {
-            of: by_mark(view, routing),
-            mark: routing.mark,
-            sources: targets.clone(),
-        };
-        let ahead = ahead.rules(view, |iif| iif == dev);
-        let what = format!(
-            "replies of {} with the mark {} do not leave by {interface}: {answer}",
-            few(targets),
-            routing.mark
-        );
-        findings.push(blame(Finding::stops("reply-route", what), &ahead));
-    }
-    let question = format!("{OUTSIDE} from {}", link.address);
-    match view.snapshot.route_get(&question)? {
-        Ok(answer) if answer.dev == interface => {}
-        answer => {
-            let answer = answer.map_or_else(|words| words, |answer| by(&answer));
-            let what = format!(
-                "what the router itself sends from {} does not leave by {interface}: {answer}",
-                link.address
-            );
-            let ahead = Ahead {
-                of: RouteRule {
-                    from: Some(link.address.into()),
-                    ..RouteRule::new(view.config.priority.source, routing.table)
-                },
-                mark: FwMark {
-                    value: 0,
-                    ..routing.mark
-                },
-                sources: vec![link.address],
-            };
-            let ahead = ahead.rules(view, |iif| iif == "lo");
-            findings.push(blame(Finding::harms("own-route", what), &ahead));
+        let lan = &way.dev;
+        let question = format!("{outside} from {to} iif {lan} mark {:#x}", mark.value);
+        if let Some(answer) = detour(view, interface, &question)? {
+            lost.entry((answer, lan)).or_default().push(to);
         }
     }
-    Ok(findings)
+    let findings = lost.into_iter().map(|((answer, lan), targets)| {
+        let ahead = ahead(view, &by_mark(view, routing), &targets, |iif| iif == lan);
+        let what = format!(
+            "replies of {} with the mark {mark} do not leave by {interface}: {answer}",
+            few(targets)
+        );
+        blame(Finding::stops("reply-route", what), &ahead)
+    });
+    Ok(findings.collect())
 }
 
-/// Whether all rules and routes that lead to and stand in this table are installed. What is missing is another finding.
+/// What the router itself sends from the uplink's address and that leaves by another interface.
+fn own_route(view: &View, routing: &Routing, link: &UplinkLink) -> Result<Option<Finding>> {
+    let (interface, address) = (&link.interface, link.address);
+    let question = format!("{OUTSIDE} from {address}");
+    let finding = detour(view, interface, &question)?.map(|answer| {
+        let what = format!(
+            "what the router itself sends from {address} does not leave by {interface}: {answer}"
+        );
+        let by_source = RouteRule {
+            from: Some(address.into()),
+            ..RouteRule::new(view.config.priority.source, routing.table)
+        };
+        let ahead = ahead(view, &by_source, &[address], |iif| iif == "lo");
+        blame(Finding::harms("own-route", what), &ahead)
+    });
+    Ok(finding)
+}
+
+/// The kernel's answer where a packet does not leave by this interface: `by ppp1, table 11`
+fn detour(view: &View, interface: &IfName, question: &str) -> Result<Option<String>> {
+    let way = match view.snapshot.route_get(question)? {
+        Ok(way) if way.dev == interface.as_str() => return Ok(None),
+        Ok(way) => way,
+        Err(words) => return Ok(Some(words)),
+    };
+    let table = way.table.map(|table| format!(", table {table}"));
+    Ok(Some(format!("by {}{}", way.dev, table.unwrap_or_default())))
+}
+
+/// Whether all rules and routes that lead to and stand in this table are installed.
 fn is_installed(view: &View, table: TableId) -> bool {
     let (installed, desired) = (&view.comparison.installed, &view.comparison.desired);
-    let rules = desired
-        .rules
-        .iter()
-        .filter(|rule| rule.table() == Some(table));
-    let routes = desired.routes.iter().filter(|route| route.table == table);
-    rules.clone().count() > 0
-        && rules.into_iter().all(|rule| installed.rules.contains(rule))
-        && routes
-            .into_iter()
-            .all(|route| installed.routes.contains(route))
-}
-
-fn by(way: &RouteLookup) -> String {
-    match way.table {
-        Some(table) => format!("by {}, table {table}", way.dev),
-        None => format!("by {}", way.dev),
-    }
+    let leads_there = |rule: &RouteRule| rule.table() == Some(table);
+    let mut missing = desired.rules.difference(&installed.rules);
+    let mut missing_routes = desired.routes.difference(&installed.routes);
+    desired.rules.iter().any(leads_there)
+        && !missing.any(leads_there)
+        && !missing_routes.any(|route| route.table == table)
 }
 
 /// Names the foreign rules that matched first, and the commands that move them after ours.
 fn blame(mut finding: Finding, ahead: &[&RouteRule]) -> Finding {
-    if ahead.is_empty() {
-        return finding;
+    if !ahead.is_empty() {
+        let texts = ahead.iter().map(|rule| format!("\"{}\"", rule.listed()));
+        finding.what += &format!("; ahead of our rules: {}", few(texts));
     }
-    let texts = ahead.iter().map(|rule| format!("\"{}\"", rule.listed()));
-    finding.what += &format!("; ahead of our rules: {}", few(texts));
-    for rule in ahead {
-        finding = move_back(finding, rule);
-    }
-    finding
+    ahead.iter().fold(finding, |it, rule| move_back(it, rule))
 }
 
 /// Adds the commands that move a rule after ours.
@@ -319,36 +278,34 @@ fn by_mark(view: &View, routing: &Routing) -> RouteRule {
     }
 }
 
-/// Foreign rules ahead of a rule of ours, that may match the packets which it is for.
-struct Ahead {
-    /// Our rule.
-    of: RouteRule,
-    /// The packets' mark: our bits of it.
-    mark: FwMark,
-    /// The packets' sources; none for any.
-    sources: Vec<Ipv4Addr>,
-}
-
-impl Ahead {
-    /// The rules, in the kernel's order. `fits_iif` says whether packets may come in by an interface; `lo` is that of
-    /// packets from the router itself (ip-rule(8)).
-    fn rules<'a>(&self, view: &'a View, fits_iif: impl Fn(&str) -> bool) -> Vec<&'a RouteRule> {
-        let rules = &view.snapshot.kernel.routing.rules;
-        let ours = rules.iter().position(|rule| *rule == self.of);
-        let may_match = |rule: &&RouteRule| {
-            let is_kernels = rule.priority == 0 && rule.table() == Some(TableId::LOCAL);
-            let fits_iif = rule.iif.as_deref().is_none_or(&fits_iif);
-            let fits_mark = rule.fwmark.is_none_or(|mark| overlap(mark, self.mark));
-            let contains = |source: &Ipv4Addr| rule.from.is_none_or(|from| from.contains(*source));
-            let fits_source = self.sources.is_empty() || self.sources.iter().any(contains);
-            // With a suppressor the rule finds everything but the default route: only the LANs.
-            let is_near = rule.suppress_prefixlength.is_some();
-            let fits = fits_iif && (rule.is_negated() || fits_mark && fits_source);
-            !rule.is_ours() && !is_kernels && fits && !is_near
-        };
-        let ahead = rules[..ours.unwrap_or(0)].iter();
-        ahead.filter(may_match).collect()
-    }
+/// Foreign rules ahead of a rule of ours, that may match the packets which that is for, in the kernel's order. The packets
+/// have the mark of our rule, or none of our bits, and one of these sources; none for any. `fits_iif` says whether they may
+/// come in by an interface; `lo` is that of packets from the router itself (ip-rule(8)).
+fn ahead<'a>(
+    view: &'a View,
+    of: &RouteRule,
+    sources: &[Ipv4Addr],
+    fits_iif: impl Fn(&str) -> bool,
+) -> Vec<&'a RouteRule> {
+    let unmarked = FwMark {
+        value: 0,
+        mask: view.config.mask,
+    };
+    let packets_mark = of.fwmark.unwrap_or(unmarked);
+    let may_match = |rule: &&RouteRule| {
+        let is_kernels = rule.priority == 0 && rule.table() == Some(TableId::LOCAL);
+        let fits_iif = rule.iif.as_deref().is_none_or(&fits_iif);
+        let fits_mark = rule.fwmark.is_none_or(|mark| overlap(mark, packets_mark));
+        let contains = |source: &Ipv4Addr| rule.from.is_none_or(|from| from.contains(*source));
+        let fits_source = sources.is_empty() || sources.iter().any(contains);
+        // With a suppressor the rule finds everything but the default route: only the LANs.
+        let is_near = rule.suppress_prefixlength.is_some();
+        let fits = fits_iif && (rule.is_negated() || fits_mark && fits_source);
+        !rule.is_ours() && !is_kernels && fits && !is_near
+    };
+    let rules = &view.snapshot.kernel.routing.rules;
+    let ours = rules.iter().position(|rule| rule == of).unwrap_or(0);
+    rules[..ours].iter().filter(may_match).collect()
 }
 
 /// Whether some packet's mark matches both: the bits that both masks have are equal.
@@ -358,20 +315,15 @@ fn overlap(one: FwMark, other: FwMark) -> bool {
 
 /// Foreign rules ahead of ours for all packets, in whose tables the kernel finds no route for replies now.
 fn rules_ahead(view: &View) -> Vec<Finding> {
-    let mut findings: Vec<Finding> = Vec::new();
+    let mut findings = Vec::new();
     let mut told = BTreeSet::new();
     for (name, uplink, link) in view.serving_links() {
         let Some(routing) = &uplink.routing else {
             continue;
         };
-        let ahead = Ahead {
-            of: by_mark(view, routing),
-            mark: routing.mark,
-            sources: Vec::new(),
-        };
         // Replies come in by any interface but the link.
         let replies = |iif: &str| iif != "lo" && iif != link.interface.as_str();
-        for rule in ahead.rules(view, replies) {
+        for rule in ahead(view, &by_mark(view, routing), &[], replies) {
             let is_broad = rule.from.is_none()
                 && rule.to.is_none()
                 && rule.rest.iter().all(|word| word == NOT)
@@ -389,51 +341,41 @@ fn rules_ahead(view: &View) -> Vec<Finding> {
     findings
 }
 
+/// The uplinks that have a table and a mark.
+fn routed<'a>(view: &View<'a>) -> impl Iterator<Item = (&'a UplinkName, &'a Routing)> {
+    let uplinks = view.config.uplinks.iter();
+    uplinks.filter_map(|(name, uplink)| Some((name, uplink.routing.as_ref()?)))
+}
+
 /// Foreign routes in the uplinks' tables.
 fn tables(view: &View) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for (name, uplink) in &view.config.uplinks {
-        let Some(routing) = &uplink.routing else {
-            continue;
-        };
+    let (installed, desired) = (&view.comparison.installed, &view.comparison.desired);
+    for (name, &Routing { table, .. }) in routed(view) {
         let routes = view.snapshot.kernel.routing.routes.iter();
         let foreign: Vec<_> = routes
-            .filter(|route| !route.is_ours() && route.table == routing.table)
+            .filter(|route| !route.is_ours() && route.table == table)
             .collect();
-        let Some(default) = foreign.iter().find(|route| route.is_default()) else {
-            if !foreign.is_empty() {
-                let what = format!(
-                    "foreign routes in the uplink's table {}: {}",
-                    routing.table,
-                    few(&foreign)
-                );
-                findings.push(Finding::note("table-routes", what).of(name));
+        if let Some(default) = foreign.iter().find(|route| route.is_default()) {
+            let mut missing = desired.routes.difference(&installed.routes);
+            let is_in_the_way = missing.any(|it| it.table == table && it.dev.is_some());
+            let what =
+                format!("a foreign default route in the uplink's table {table}: \"{default}\"");
+            let mut finding = Finding::harms("table-default", what)
+                .of(name)
+                .stops_if(is_in_the_way)
+                .fix(format!("ip route del {default}"));
+            if is_in_the_way {
+                finding = finding.fix("mh-hook sync");
+            } else {
+                finding.what += ": replies take it when the link is down";
             }
-            continue;
-        };
-        let what = format!(
-            "a foreign default route in the uplink's table {}: \"{}\"",
-            routing.table, default
-        );
-        let is_in_the_way = view.comparison.desired.routes.iter().any(|route| {
-            route.table == routing.table
-                && route.dev.is_some()
-                && !view.comparison.installed.routes.contains(route)
-        });
-        let finding = if is_in_the_way {
-            Finding::stops("table-default", what)
-        } else {
-            Finding::harms(
-                "table-default",
-                what + ": replies take it when the link is down",
-            )
-        };
-        let finding = finding.of(name).fix(format!("ip route del {default}"));
-        findings.push(if is_in_the_way {
-            finding.fix("mh-hook sync")
-        } else {
-            finding
-        });
+            findings.push(finding);
+        } else if !foreign.is_empty() {
+            let foreign = few(foreign);
+            let what = format!("foreign routes in the uplink's table {table}: {foreign}");
+            findings.push(Finding::note("table-routes", what).of(name));
+        }
     }
     findings
 }
@@ -441,28 +383,22 @@ fn tables(view: &View) -> Vec<Finding> {
 /// Foreign rules that match our marks.
 fn marks(view: &View) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let uplinks = view.config.uplinks.iter();
-    let marks: Vec<(&UplinkName, FwMark)> = uplinks
-        .filter_map(|(name, uplink)| Some((name, uplink.routing.as_ref()?.mark)))
-        .collect();
     let mask = view.config.mask;
     for rule in &view.snapshot.kernel.routing.rules {
         // One without any of our bits set is for packets that we have not marked.
         let is_for_ours = |mark: &FwMark| mark.value & mark.mask & mask != 0;
-        let is_foreign = !rule.is_ours() && !rule.is_negated();
-        let Some(theirs) = rule.fwmark.filter(|mark| is_foreign && is_for_ours(mark)) else {
-            continue;
-        };
-        if let Some((name, ours)) = marks.iter().find(|(_, ours)| overlap(theirs, *ours)) {
+        if let Some(theirs) = rule.fwmark.filter(is_for_ours)
+            && !rule.is_ours()
+            && !rule.is_negated()
+            && let Some((name, ours)) = routed(view).find(|(_, ours)| overlap(theirs, ours.mark))
+        {
             let what = format!(
-                "the foreign rule \"{}\" matches the uplink's mark {ours}: its fwmark uses bits that [mark] mask {mask:#x} reserves",
-                rule.listed()
+                "the foreign rule \"{}\" matches the uplink's mark {}: its fwmark uses bits that [mark] mask {mask:#x} reserves",
+                rule.listed(),
+                ours.mark
             );
-            findings.push(
-                Finding::harms("mark-rule", what)
-                    .of(name)
-                    .fix("[mark] mask = …: bits that nobody else uses, and mark = … within it"),
-            );
+            let fix = "[mark] mask = …: bits that nobody else uses, and mark = … within it";
+            findings.push(Finding::harms("mark-rule", what).of(name).fix(fix));
         }
     }
     findings
@@ -470,21 +406,15 @@ fn marks(view: &View) -> Vec<Finding> {
 
 /// Whether the router has a default route.
 pub fn default_route(snapshot: &Snapshot) -> Option<Finding> {
-    let routes = snapshot.kernel.routing.routes.iter();
-    let has_some = routes.filter(|route| !route.is_ours()).any(|route| {
-        let Route {
-            kind, destination, ..
-        } = route;
-        // VPNs add 0.0.0.0/1 and 128.0.0.0/1, which win over the default route.
-        *kind == RouteKind::UNICAST
-            && destination.prefix() <= 1
-            && destination.ip().is_unspecified()
-    });
-    (!has_some).then(|| {
-        Finding::harms(
-            "default-route",
-            "there is no default route: the LAN and the router itself reach nothing outside",
-        )
-        .fix("defaultroute in /etc/ppp/peers of the link that everything else goes out by")
-    })
+    // VPNs add 0.0.0.0/1 and 128.0.0.0/1, which win over the default route.
+    let leads_outside = |route: &Route| {
+        !route.is_ours()
+            && route.kind == RouteKind::UNICAST
+            && route.destination.prefix() <= 1
+            && route.destination.ip().is_unspecified()
+    };
+    let what = "there is no default route: the LAN and the router itself reach nothing outside";
+    let fix = "defaultroute in /etc/ppp/peers of the link that everything else goes out by";
+    let mut routes = snapshot.kernel.routing.routes.iter();
+    (!routes.any(leads_outside)).then(|| Finding::harms("default-route", what).fix(fix))
 }

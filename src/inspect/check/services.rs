@@ -1,7 +1,8 @@
 //! Services of the system that remove our entries, or restore old ones.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 
 use super::{Finding, count};
 use crate::inspect::drift::Drift;
@@ -24,28 +25,22 @@ fn networkd(root: &Root) -> Option<Finding> {
     if !(runs || is_enabled) || keeps_foreign_rules(root) {
         return None;
     }
-    let file = "/etc/systemd/networkd.conf.d/mh-hook.conf";
+    let folder = "/etc/systemd/networkd.conf.d";
     let what = "systemd-networkd removes our routing rules whenever it starts: ManageForeignRoutingPolicyRules is not no";
-    Some(
-        Finding::harms("networkd-rules", what)
-            .fix("mkdir -p /etc/systemd/networkd.conf.d")
-            .fix(format!(
-                "printf '[Network]\\nManageForeignRoutingPolicyRules=no\\n' > {file}"
-            )),
-    )
+    let finding = Finding::harms("networkd-rules", what).fix(format!("mkdir -p {folder}"));
+    let lines = "[Network]\\nManageForeignRoutingPolicyRules=no\\n";
+    Some(finding.fix(format!("printf '{lines}' > {folder}/mh-hook.conf")))
 }
 
 /// Whether networkd.conf and its drop-ins say `ManageForeignRoutingPolicyRules=no`. Of drop-ins with the same name the
 /// first folder's counts; drop-ins are read in the order of their names, after networkd.conf, and the last line counts.
 fn keeps_foreign_rules(root: &Root) -> bool {
     const FOLDERS: [&str; 4] = ["/etc", "/run", "/usr/local/lib", "/usr/lib"];
-    let drop_ins = FOLDERS.map(|folder| format!("{folder}/systemd/networkd.conf.d"));
-    let main = FOLDERS
-        .map(|folder| PathBuf::from(format!("{folder}/systemd/networkd.conf")))
-        .into_iter()
-        .find(|path| root.exists(path));
+    let files = FOLDERS.map(|folder| format!("{folder}/systemd/networkd.conf"));
+    let drop_ins = conf_files(root, &files.clone().map(|file| file + ".d"));
+    let main = files.iter().find(|file| root.exists(file));
     let mut keeps = false;
-    for path in main.iter().chain(&conf_files(root, &drop_ins)) {
+    for path in main.map(PathBuf::from).into_iter().chain(drop_ins) {
         let text = root.read(path).unwrap_or_default();
         let mut section = "";
         for line in text.lines().map(str::trim) {
@@ -64,16 +59,12 @@ fn keeps_foreign_rules(root: &Root) -> bool {
 }
 
 /// The `*.conf` files of several folders, in the order of their names; of files with the same name, the first folder's.
-pub fn conf_files(root: &Root, folders: &[impl AsRef<str>]) -> Vec<PathBuf> {
+pub fn conf_files(root: &Root, folders: &[impl AsRef<Path>]) -> Vec<PathBuf> {
     let mut files = BTreeMap::new();
-    for path in folders.iter().flat_map(|folder| root.list(folder.as_ref())) {
-        if path
-            .extension()
-            .is_some_and(|extension| extension == "conf")
-        {
-            files
-                .entry(path.file_name().map(ToOwned::to_owned))
-                .or_insert(path);
+    for path in folders.iter().flat_map(|folder| root.list(folder)) {
+        if path.extension() == Some(OsStr::new("conf")) {
+            let name = path.file_name().map(ToOwned::to_owned);
+            files.entry(name).or_insert(path);
         }
     }
     files.into_values().collect()
@@ -93,8 +84,8 @@ fn persistent(root: &Root) -> Option<Finding> {
         );
         // The names of chains in full: what merely begins so is somebody else's.
         let names: BTreeSet<String> = ours.tables.keys().map(|(_, name)| name.chain()).collect();
-        let chain = names.into_iter().collect::<Vec<String>>().join("|");
-        let chain = format!("({chain})(\\.[a-z0-9]+)?");
+        let names = Vec::from_iter(names).join("|");
+        let chain = format!("({names})(\\.[a-z0-9]+)?");
         Finding::harms("persistent-rules", what).fix(format!(
             "sed -i -E '/^:{chain} |-A {chain} |(-j|-g|--comment) {chain}( |$)/d' {file}"
         ))
