@@ -3,56 +3,23 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 
-use super::Config;
-use super::error::{Errors, place};
+use super::error::place;
 
 /// The largest configuration that is read, in bytes: 10,000 forwards take less than one MiB.
 const MAX_SIZE: u64 = 2 << 20;
 
-/// The text of a configuration file that only root can have written.
-#[derive(Debug)]
-pub struct Source {
-    path: PathBuf,
-    text: String,
-}
-
-impl Source {
-    /// Reads the file.
-    ///
-    /// # Errors
-    /// It can't be read, or another user than root can have written it.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = read(path).with_context(|| format!("configuration {}", path.display()))?;
-        let path = path.to_owned();
-        Ok(Self { path, text })
-    }
-
-    /// Parses the text.
-    ///
-    /// # Errors
-    /// [`Errors`], with all problems.
-    pub fn config(self) -> Result<Config> {
-        let Self { path, text } = self;
-        Config::parse(&text).map_err(|problems| {
-            Errors {
-                path,
-                text,
-                problems,
-            }
-            .into()
-        })
-    }
-}
-
 /// The file's text, if only root can have written it: it decides what root runs. The file and its folder are checked on
 /// the open descriptors, so that neither can be replaced between check and use.
-fn read(path: &Path) -> Result<String> {
+///
+/// # Errors
+/// It can't be read, or another user than root can have written it.
+pub fn read(path: &Path) -> Result<String> {
     let name = path.file_name().context("is not a file's name")?;
     let dir_path = path
         .parent()

@@ -8,11 +8,10 @@ mod values;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use ipnetwork::Ipv4Network;
 
 pub use error::{Errors, Problem, place};
-pub use file::Source;
 pub use parse::KEYS;
 
 use crate::model::forward::Forward;
@@ -111,16 +110,9 @@ impl Identity {
 
     /// The interface, if nothing else is given.
     pub fn interface_alone(&self) -> Option<&IfName> {
-        let Self {
-            interface,
-            ipparam: None,
-            linkname: None,
-            peer: None,
-        } = self
-        else {
-            return None;
-        };
-        interface.as_ref()
+        let others = [&self.ipparam, &self.linkname, &self.peer];
+        let interface = self.interface.as_ref();
+        interface.filter(|_| others.iter().all(|other| other.is_none()))
     }
 }
 
@@ -128,9 +120,10 @@ impl Config {
     /// Reads and parses the file.
     ///
     /// # Errors
-    /// As [`Source::read`] and [`Source::config`].
+    /// It can't be read, another user than root can have written it, or it has problems: [`Errors`].
     pub fn load(path: &Path) -> Result<Self> {
-        Source::read(path)?.config()
+        let text = file::read(path).with_context(|| format!("configuration {}", path.display()))?;
+        Self::parse(&text).map_err(|problems| Errors::new(path, &text, problems).into())
     }
 
     /// Parses the text of a configuration.
@@ -143,10 +136,8 @@ impl Config {
 
     /// The uplinks whose identity matches a call.
     pub fn matching(&self, call: &Identity) -> Vec<&UplinkName> {
-        let matching = self
-            .uplinks
-            .iter()
-            .filter(|(_, uplink)| uplink.identity.matches(call));
+        let uplinks = self.uplinks.iter();
+        let matching = uplinks.filter(|(_, uplink)| uplink.identity.matches(call));
         matching.map(|(name, _)| name).collect()
     }
 }
