@@ -5,7 +5,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, OFlag, fcntl};
 
@@ -37,9 +37,7 @@ impl Lock {
             file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(lock) => return Ok(Self(lock)),
                 Err((file, Errno::EWOULDBLOCK | Errno::EINTR)) => file,
-                Err((_, errno)) => {
-                    return Err(anyhow!(errno)).with_context(|| format!("lock {PATH}"));
-                }
+                Err((_, errno)) => bail!("lock {PATH}: {errno}"),
             };
             if Instant::now() >= deadline {
                 bail!(
