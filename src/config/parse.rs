@@ -171,14 +171,13 @@ impl Reader {
         if !uplinks.is_empty() {
             self.require_lan(root, lan);
         }
+        let what = "interfaces is a list of interface names: [\"eth1\"]";
+        let interfaces = self.list(lan, "interfaces", what, IfName::parse);
+        let what = "networks is a list of prefixes: [\"192.168.0.0/24\"]";
+        let networks = self.list(lan, "networks", what, prefix);
         let lan = Lan {
-            interfaces: self.list(
-                lan,
-                "interfaces",
-                "interface names: [\"eth1\"]",
-                IfName::parse,
-            ),
-            networks: self.list(lan, "networks", "prefixes: [\"192.168.0.0/24\"]", prefix),
+            interfaces,
+            networks,
         };
         let uplinks = self.uplinks(uplinks, mask);
         self.check_uplinks(&uplinks, &lan);
@@ -234,11 +233,9 @@ impl Reader {
             let Some(name) = self.take(key.span, UplinkName::parse(key.name)) else {
                 continue;
             };
-            let Some(table) = value.as_table() else {
-                self.problem(
-                    value.span(),
-                    format!("an uplink is a table: [uplink.{name}]"),
-                );
+            let what = || format!("an uplink is a table: [uplink.{name}]");
+            let table = value.as_table().with_context(what);
+            let Some(table) = self.take(value.span(), table) else {
                 continue;
             };
             if uplinks.len() == MAX_UPLINKS {
@@ -256,6 +253,7 @@ impl Reader {
 
     fn uplink(&mut self, name: &Key, table: &Table, mask: u32) -> Uplink {
         self.check_keys(table, UPLINK);
+        let what = "pin is a list of LAN sources: [\"192.168.0.2\"]";
         Uplink {
             identity: self.identity(name, table),
             routing: self.routing(name, table, mask),
@@ -263,12 +261,7 @@ impl Reader {
             hairpin: self.boolean(table, "hairpin", true),
             clamp_mss: self.boolean(table, "clamp-mss", true),
             accept_forward: self.boolean(table, "accept-forward", false),
-            pin: self.list(
-                table,
-                "pin",
-                "LAN sources: [\"192.168.0.2\"]",
-                address_or_prefix,
-            ),
+            pin: self.list(table, "pin", what, address_or_prefix),
             forwards: self.forwards(table),
         }
     }
@@ -338,15 +331,12 @@ impl Reader {
 
     fn forwards(&mut self, table: &Table) -> Vec<Forward> {
         let example = "forward is a list of tables: [{ port = 80, to = \"192.168.0.2\" }]";
-        let items = self.items(table, "forward", || example.to_owned());
+        let items = self.items(table, "forward", example);
         let mut forwards: Vec<Forward> = Vec::with_capacity(items.len());
         let mut places = Vec::with_capacity(items.len());
         for item in items {
-            let Some(table) = item.as_table() else {
-                self.problem(item.span(), example);
-                continue;
-            };
-            if let Some(forward) = self.forward(item, table) {
+            let table = self.take(item.span(), item.as_table().context(example));
+            if let Some(forward) = table.and_then(|table| self.forward(item, table)) {
                 forwards.push(forward);
                 places.push(item.span());
             }
@@ -373,7 +363,7 @@ impl Reader {
         if !table.contains_key("to") {
             self.missing(item.span(), "to: the LAN host: to = \"192.168.0.2\"");
         }
-        let what = "source prefixes: [\"198.51.100.0/24\"]";
+        let what = "from is a list of source prefixes: [\"198.51.100.0/24\"]";
         let from = self.list(table, "from", what, address_or_prefix);
         if let Some(list) = table["from"].as_array()
             && list.is_empty()
@@ -427,24 +417,18 @@ impl Reader {
         &mut self,
         table: &Table,
         key: &str,
-        what: &str,
+        what: &'static str,
         parse: fn(&str) -> Result<T>,
     ) -> Vec<T> {
-        let message = || format!("{key} is a list of {what}");
-        let items = self.items(table, key, message);
+        let items = self.items(table, key, what);
         self.all(items, key, |item| {
-            item.as_str().with_context(message).and_then(parse)
+            item.as_str().context(what).and_then(parse)
         })
     }
 
     /// The items of a list. Empty if the key is missing.
-    fn items<'a>(
-        &mut self,
-        table: &'a Table<'a>,
-        key: &str,
-        message: impl FnOnce() -> String,
-    ) -> &'a [Item<'a>] {
-        let list = self.value(table, key, |value| value.as_array().with_context(message));
+    fn items<'a>(&mut self, table: &'a Table<'a>, key: &str, what: &'static str) -> &'a [Item<'a>] {
+        let list = self.value(table, key, |value| value.as_array().context(what));
         list.map_or(&[], Array::as_slice)
     }
 

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use ipnetwork::Ipv4Network;
 use toml_spanner::{Item, Value};
 
@@ -68,16 +68,15 @@ pub fn port_range(value: &Item) -> Result<PortRange> {
         text.parse().ok().filter(|port| is_number && *port > 0)
     };
     let (first, last) = match value.value() {
-        Value::Integer(_) => {
-            let port = value.as_u64().and_then(|number| number.try_into().ok());
-            let port = port.filter(|port| *port > 0);
-            (port, port)
-        }
         Value::String(text) => {
             let (first, last) = text.split_once('-').unwrap_or((text, text));
             (port(first), port(last))
         }
-        _ => bail!(what),
+        _ => {
+            let port = value.as_u64().and_then(|number| number.try_into().ok());
+            let port = port.filter(|port| *port > 0);
+            (port, port)
+        }
     };
     let (first, last) = first.zip(last).context(what)?;
     ensure!(first <= last, "the range ends before it begins: {what}");
