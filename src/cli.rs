@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use lexopt::Arg;
 use log::LevelFilter;
 
@@ -54,6 +54,8 @@ could not be brought to the desired state, or status, check or explain found
 an error; 2 usage or configuration.
 ";
 
+const VERSION: &str = concat!("mh-hook ", env!("CARGO_PKG_VERSION"), "\n");
+
 /// What the command line asks for.
 pub struct Arguments {
     pub command: Command,
@@ -77,7 +79,7 @@ pub enum Command {
     },
     Sync,
     Inspect(Inspect, Form),
-    Print(String),
+    Print(&'static str),
 }
 
 /// The commands that change nothing.
@@ -132,12 +134,11 @@ impl Arguments {
                 Arg::Short('v') | Arg::Long("verbose") => arguments.level = LevelFilter::Debug,
                 Arg::Short('q') | Arg::Long("quiet") => arguments.level = LevelFilter::Error,
                 Arg::Short('h') | Arg::Long("help") => {
-                    arguments.command = Command::Print(HELP.into());
+                    arguments.command = Command::Print(HELP);
                     return Ok(arguments);
                 }
                 Arg::Short('V') | Arg::Long("version") => {
-                    let version = format!("mh-hook {}\n", env!("CARGO_PKG_VERSION"));
-                    arguments.command = Command::Print(version);
+                    arguments.command = Command::Print(VERSION);
                     return Ok(arguments);
                 }
                 Arg::Value(word) => {
@@ -187,10 +188,10 @@ impl Command {
             }
             _ => bail!("unknown command {name:?}"),
         };
-        if let Some(word) = words.next() {
-            bail!("unexpected argument {word:?}");
+        match words.next() {
+            Some(word) => bail!("unexpected argument {word:?}"),
+            None => Ok(command),
         }
-        Ok(command)
     }
 }
 
@@ -200,15 +201,18 @@ impl Options {
     }
 
     fn check_none_left(&self) -> Result<()> {
-        if self.local.is_some() || self.uplink.is_some() {
-            bail!("--local and --uplink go with up");
-        }
-        if self.to.is_some() || self.from_lan.is_some() {
-            bail!("--to and --from-lan go with explain");
-        }
-        if self.json.is_some() {
-            bail!("--json goes with status, check and explain");
-        }
+        ensure!(
+            self.local.is_none() && self.uplink.is_none(),
+            "--local and --uplink go with up"
+        );
+        ensure!(
+            self.to.is_none() && self.from_lan.is_none(),
+            "--to and --from-lan go with explain"
+        );
+        ensure!(
+            self.json.is_none(),
+            "--json goes with status, check and explain"
+        );
         Ok(())
     }
 }

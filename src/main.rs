@@ -8,7 +8,7 @@ use std::path::{self, Path};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, Error, Result, anyhow};
+use anyhow::{Context, Error, Result, anyhow, ensure};
 use log::{LevelFilter, error, warn};
 use nix::sys::stat::{Mode as FileMode, umask};
 use nix::unistd::geteuid;
@@ -35,6 +35,12 @@ use crate::cli::{Arguments, Command, Inspect};
 enum Failure {
     Kernel(Error),
     Usage(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Kernel(error)
+    }
 }
 
 /// musl's own allocator gives memory back to the kernel at once, and asks for it again: measured at 10,000 forwards, a call
@@ -87,18 +93,14 @@ fn report(error: &Error) {
 /// Prints what `status`, `check` or `explain` finds. False if it is an error.
 fn inspect(command: Inspect, form: Form, config_path: &Path) -> Result<bool, Failure> {
     let config = Config::load(config_path);
-    let printed = match command {
+    let is_good = match command {
         // It reports a broken configuration among its findings.
-        Inspect::Check => Snapshot::read()
-            .and_then(|snapshot| check(&snapshot, config.as_ref()))
-            .and_then(|check| print(&check, form)),
+        Inspect::Check => print(&check(&Snapshot::read()?, config.as_ref())?, form)?,
         Inspect::Status(name) => {
             let config = config.map_err(Failure::Usage)?;
             let name = name.map(|name| uplink(&config, &name)).transpose();
             let name = name.map_err(Failure::Usage)?;
-            Snapshot::read()
-                .and_then(|snapshot| status(&snapshot, &config, name.as_ref()))
-                .and_then(|status| print(&status, form))
+            print(&status(&Snapshot::read()?, &config, name.as_ref())?, form)?
         }
         Inspect::Explain {
             words,
@@ -108,21 +110,20 @@ fn inspect(command: Inspect, form: Form, config_path: &Path) -> Result<bool, Fai
             let config = config.map_err(Failure::Usage)?;
             let question = Question::parse(&config, &words, to, from_lan);
             let question = question.map_err(Failure::Usage)?;
-            Snapshot::read()
-                .and_then(|snapshot| explain(&snapshot, &config, &question))
-                .and_then(|explanation| print(&explanation, form))
+            print(&explain(&Snapshot::read()?, &config, &question)?, form)?
         }
     };
-    printed.map_err(Failure::Kernel)
+    Ok(is_good)
 }
 
 /// The configured uplink of this name.
 fn uplink(config: &Config, name: &OsStr) -> Result<UplinkName> {
     let name = UplinkName::parse(&name.to_string_lossy())?;
-    let is_configured = config.uplinks.contains_key(&name);
-    is_configured
-        .then(|| name.clone())
-        .with_context(|| format!("there is no [uplink.{name}]"))
+    ensure!(
+        config.uplinks.contains_key(&name),
+        "there is no [uplink.{name}]"
+    );
+    Ok(name)
 }
 
 /// Carries out a command that may change the kernel.
@@ -138,7 +139,7 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
         ..
     }) = &request
     {
-        Link::wait(interface).map_err(Failure::Kernel)?;
+        Link::wait(interface)?;
     }
     // An address that no link can have is refused before any tool runs.
     if let Some(local) = request.local() {
@@ -155,8 +156,9 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
         if !is_ours {
             return Ok(());
         }
-        let error = anyhow!("must be root to read and change the kernel's routing and iptables");
-        return Err(Failure::Kernel(error));
+        return Err(
+            anyhow!("must be root to read and change the kernel's routing and iptables").into(),
+        );
     };
     if request == Request::Sync && session.is_ok() && arguments.mode == Mode::Apply {
         lock::take_word();
@@ -165,17 +167,13 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
         .with_context(|| request.to_string())
         .and_then(|session| reconcile(&request, config.as_ref(), arguments.mode, session));
     if let Some(args) = follow_args.filter(|_| is_ours && config.is_some()) {
-        start_self(&args).map_err(Failure::Kernel)?;
+        start_self(&args)?;
     }
     if arguments.mode == Mode::Apply && request != Request::Sync && lock::is_word_left() {
-        let args = [
-            "--config".into(),
-            config_path.into_os_string(),
-            "sync".into(),
-        ];
-        start_self(&args).map_err(Failure::Kernel)?;
+        let args = ["--config".into(), config_path.into(), "sync".into()];
+        start_self(&args)?;
     }
-    reconciled.map_err(Failure::Kernel)
+    Ok(reconciled?)
 }
 
 /// The configuration. None if it is broken and the request only removes entries.
@@ -203,12 +201,9 @@ fn follow_args(arguments: &Arguments, config_path: &Path) -> Option<Vec<OsString
     else {
         return None;
     };
-    let first = [
-        "--config".into(),
-        config_path.as_os_str().to_owned(),
-        "event".into(),
-        Direction::Follow.to_string().into(),
-    ];
+    let config_path = config_path.as_os_str().to_owned();
+    let event = Direction::Follow.to_string().into();
+    let first = ["--config".into(), config_path, "event".into(), event];
     let all = first.into_iter().chain(args.iter().cloned());
     (arguments.mode == Mode::Apply).then(|| all.collect())
 }

@@ -1,7 +1,7 @@
 //! The problems of a configuration, each with its place in the file.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::Path;
 
 use toml_spanner::Span;
 
@@ -25,29 +25,26 @@ impl Problem {
 
 /// All problems of a configuration file.
 #[derive(Debug)]
-pub struct Errors {
-    pub(super) path: PathBuf,
-    pub(super) text: String,
-    pub(super) problems: Vec<Problem>,
-}
+pub struct Errors(Vec<String>);
 
 impl Errors {
+    pub(super) fn new(path: &Path, text: &str, problems: Vec<Problem>) -> Self {
+        let lines = problems.into_iter().map(|Problem { at, message }| {
+            let (line, column) = place(text, at);
+            format!("{}:{line}:{column}: {message}", path.display())
+        });
+        Self(lines.collect())
+    }
+
     /// One line for each problem: file, line, column (as in [`place`]), message.
     pub fn lines(&self) -> impl Iterator<Item = String> {
-        self.problems.iter().map(|problem| {
-            let (line, column) = place(&self.text, problem.at);
-            format!(
-                "{}:{line}:{column}: {}",
-                self.path.display(),
-                problem.message
-            )
-        })
+        self.0.iter().cloned()
     }
 }
 
 impl fmt::Display for Errors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.lines().collect::<Vec<_>>().join("\n"))
+        f.write_str(&self.0.join("\n"))
     }
 }
 

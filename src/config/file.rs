@@ -3,52 +3,22 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
+use nix::sys::stat::{Mode, SFlag, fstat};
 
-use super::Config;
-use super::error::{Errors, place};
+use super::error::place;
 
 /// The largest configuration that is read, in bytes: 10,000 forwards take less than one MiB.
-const MAX_SIZE: u64 = 2 << 20;
-
-/// The text of a configuration file that only root can have written.
-#[derive(Debug)]
-pub struct Source {
-    path: PathBuf,
-    text: String,
-}
-
-impl Source {
-    /// Reads the file.
-    /// Errors: it can't be read, or another user than root can have written it.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = read(path).with_context(|| format!("configuration {}", path.display()))?;
-        let path = path.to_owned();
-        Ok(Self { path, text })
-    }
-
-    /// Parses the text.
-    /// Errors: [`Errors`], with all problems.
-    pub fn config(self) -> Result<Config> {
-        let Self { path, text } = self;
-        Config::parse(&text).map_err(|problems| {
-            Errors {
-                path,
-                text,
-                problems,
-            }
-            .into()
-        })
-    }
-}
+const MAX_SIZE: usize = 2 << 20;
 
 /// The file's text, if only root can have written it: it decides what root runs. The file and its folder are checked on
 /// the open descriptors, so that neither can be replaced between check and use.
-fn read(path: &Path) -> Result<String> {
+/// Errors: it can't be read, or another user than root can have written it.
+pub fn read(path: &Path) -> Result<String> {
     let name = path.file_name().context("is not a file's name")?;
     let dir_path = path
         .parent()
@@ -60,39 +30,31 @@ fn read(path: &Path) -> Result<String> {
     check_trusted(&dir, SFlag::S_IFDIR)
         .with_context(|| format!("folder {}", dir_path.display()))?;
     // O_NONBLOCK: opening a fifo must not wait for a writer.
-    let file = openat(
-        &dir,
-        name,
-        flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK,
-        Mode::empty(),
-    )
-    .map_err(|errno| {
-        anyhow::Error::new(errno).context(match errno {
-            nix::errno::Errno::ENOENT => "there is no such file; write one, see mh-hook.toml(5)",
-            nix::errno::Errno::ELOOP => "is a symbolic link; give the file itself",
+    let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file = openat(&dir, name, flags, Mode::empty()).map_err(|errno| {
+        anyhow!(errno).context(match errno {
+            Errno::ENOENT => "there is no such file; write one, see mh-hook.toml(5)",
+            Errno::ELOOP => "is a symbolic link; give the file itself",
             _ => "open",
         })
     })?;
-    let stat = check_trusted(&file, SFlag::S_IFREG)?;
-    ensure!(
-        u64::try_from(stat.st_size).is_ok_and(|size| size <= MAX_SIZE),
-        "is larger than {MAX_SIZE} bytes"
-    );
-    let mut bytes = Vec::with_capacity(usize::try_from(stat.st_size)?);
+    check_trusted(&file, SFlag::S_IFREG)?;
+    let mut bytes = Vec::new();
     File::from(file)
-        .take(MAX_SIZE)
+        .take(MAX_SIZE as u64 + 1)
         .read_to_end(&mut bytes)
         .context("read")?;
+    ensure!(bytes.len() <= MAX_SIZE, "is larger than {MAX_SIZE} bytes");
     String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
-        let before = String::from_utf8_lossy(&error.as_bytes()[..valid]).into_owned();
+        let before = String::from_utf8_lossy(&error.as_bytes()[..valid]);
         let (line, column) = place(&before, valid);
-        anyhow::anyhow!("line {line}, column {column}: is not UTF-8")
+        anyhow!("line {line}, column {column}: is not UTF-8")
     })
 }
 
 /// Fails unless the open file is of this kind, root's, and writable by nobody else.
-fn check_trusted(fd: impl AsFd, kind: SFlag) -> Result<FileStat> {
+fn check_trusted(fd: impl AsFd, kind: SFlag) -> Result<()> {
     let stat = fstat(fd).context("fstat")?;
     let found = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     ensure!(found == kind, "is not a regular file");
@@ -106,5 +68,5 @@ fn check_trusted(fd: impl AsFd, kind: SFlag) -> Result<FileStat> {
         "can be written by others than root (mode {:o}): chmod go-w it",
         stat.st_mode & 0o7777
     );
-    Ok(stat)
+    Ok(())
 }

@@ -8,11 +8,10 @@ mod values;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use ipnetwork::Ipv4Network;
 
 pub use error::{Errors, Problem, place};
-pub use file::Source;
 pub use parse::KEYS;
 
 use crate::model::forward::Forward;
@@ -84,9 +83,10 @@ pub struct Routing {
 
 impl Config {
     /// Reads and parses the file.
-    /// Errors: as [`Source::read`] and [`Source::config`].
+    /// Errors: it can't be read, another user than root can have written it, or it has problems: [`Errors`].
     pub fn load(path: &Path) -> Result<Self> {
-        Source::read(path)?.config()
+        let text = file::read(path).with_context(|| format!("configuration {}", path.display()))?;
+        Self::parse(&text).map_err(|problems| Errors::new(path, &text, problems).into())
     }
 
     /// Parses the text of a configuration.
@@ -103,10 +103,8 @@ impl Config {
 
     /// The uplinks whose identity matches a call.
     pub fn matching(&self, call: &Identity) -> Vec<&UplinkName> {
-        let matching = self
-            .uplinks
-            .iter()
-            .filter(|(_, uplink)| uplink.identity.matches(call));
+        let uplinks = self.uplinks.iter();
+        let matching = uplinks.filter(|(_, uplink)| uplink.identity.matches(call));
         matching.map(|(name, _)| name).collect()
     }
 }

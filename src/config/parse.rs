@@ -4,13 +4,14 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
+use std::slice;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use ipnetwork::Ipv4Network;
 use toml_spanner::{Arena, Array, Item, Key, Span, Table, parse_recoverable};
 
 use super::error::Problem;
-use super::values::{address_or_prefix, host, ports, prefix, target};
+use super::values::{address_or_prefix, host, integer, ports, prefix, printable, protocol, target};
 use super::{Config, Identity, Lan, Priority, Routing, Uplink};
 use crate::model::forward::{Forward, Protocol, overlapping};
 use crate::model::names::{IfName, UplinkName};
@@ -56,17 +57,18 @@ fn reported(
     problems.retain(|problem| !broken.contains_key(&line(problem)));
     problems.extend(broken.into_values());
     problems.sort_by_key(|problem| problem.at);
-    let more = problems.split_off(problems.len().min(MAX_PROBLEMS));
-    let others = more.len().saturating_sub(1);
-    if let Some(Problem { at, message }) = more.into_iter().next() {
-        let message = format!("{message}; and {others} more problems");
-        problems.push(Problem { at, message });
+    let others = problems.len().saturating_sub(MAX_PROBLEMS + 1);
+    problems.truncate(MAX_PROBLEMS + 1);
+    if let Some(last) = problems.get_mut(MAX_PROBLEMS) {
+        last.message += &format!("; and {others} more problems");
     }
     problems
 }
 
 /// Between the priorities of the rules for the local and the main table (`ip-rule(8)`).
-const PRIORITIES: RangeInclusive<u64> = 1..=32765;
+const PRIORITIES: RangeInclusive<u32> = 1..=32765;
+
+const MARKS: RangeInclusive<u32> = 1..=u32::MAX;
 
 /// The name of a table in messages, and its keys.
 type Keys = (&'static str, &'static [&'static str]);
@@ -124,6 +126,17 @@ impl Reader {
             .ok()
     }
 
+    /// The parsed value of a key. None if the key is missing.
+    fn value<'a, T>(
+        &mut self,
+        table: &'a Table<'a>,
+        key: &str,
+        parse: impl FnOnce(&'a Item<'a>) -> Result<T>,
+    ) -> Option<T> {
+        let value = table.get(key)?;
+        self.take(value.span(), parse(value))
+    }
+
     /// Adds a problem for each key that is not in the list.
     fn check_keys(&mut self, table: &Table, (place, keys): Keys) {
         let unknown = table.iter().filter(|(key, _)| !keys.contains(&key.name));
@@ -137,131 +150,64 @@ impl Reader {
     }
 
     fn table<'a>(&mut self, root: &'a Table<'a>, key: &str) -> Option<&'a Table<'a>> {
-        let value = root.get(key)?;
-        let table = value.as_table();
-        if table.is_none() {
-            self.problem(value.span(), format!("{key} is a table: [{key}]"));
-        }
-        table
+        let what = || format!("{key} is a table: [{key}]");
+        self.value(root, key, |value| value.as_table().with_context(what))
     }
 
     fn config(&mut self, root: &Table) -> Config {
         if !self.is_broken {
             self.check_keys(root, FILE);
         }
-        let lan = self.lan(root);
-        let mask = self.mask(root);
-        let priority = self.priority(root);
-        let mut uplinks = BTreeMap::new();
-        let mut places = Vec::new();
-        for (key, value) in self.table(root, "uplink").into_iter().flatten() {
-            let Some(name) = self.take(key.span, UplinkName::parse(key.name)) else {
-                continue;
-            };
-            let Some(table) = value.as_table() else {
-                self.problem(
-                    value.span(),
-                    format!("an uplink is a table: [uplink.{name}]"),
-                );
-                continue;
-            };
-            if uplinks.len() == MAX_UPLINKS {
-                self.problem(key.span, format!("more than {MAX_UPLINKS} uplinks"));
-                break;
-            }
-            if let Some(uplink) = self.uplink(key, table, mask) {
-                places.push((name.clone(), key.span));
-                uplinks.insert(name, uplink);
-            }
+        let empty = Table::new();
+        let [lan, mark, priority] =
+            [("lan", LAN), ("mark", MARK), ("priority", PRIORITY)].map(|(key, keys)| {
+                let table = self.table(root, key).unwrap_or(&empty);
+                self.check_keys(table, keys);
+                table
+            });
+        let mask = self.integer(mark, "mask", MARKS).unwrap_or(0xff);
+        let priority = self.priority(priority);
+        let uplinks = self.table(root, "uplink").unwrap_or(&empty);
+        if !uplinks.is_empty() {
+            self.require_lan(root, lan);
         }
-        self.require_lan(root);
-        self.check_uplinks(&places, &uplinks, &lan);
+        let what = "interfaces is a list of interface names: [\"eth1\"]";
+        let interfaces = self.list(lan, "interfaces", what, IfName::parse);
+        let what = "networks is a list of prefixes: [\"192.168.0.0/24\"]";
+        let networks = self.list(lan, "networks", what, prefix);
+        let lan = Lan {
+            interfaces,
+            networks,
+        };
+        let uplinks = self.uplinks(uplinks, mask);
+        self.check_uplinks(&uplinks, &lan);
+        let uplinks = uplinks.into_iter().map(|(_, name, uplink)| (name, uplink));
         Config {
             lan,
             mask,
             priority,
-            uplinks,
+            uplinks: uplinks.collect(),
         }
     }
 
-    /// Adds a problem for each key of the LAN that is missing, if there is an uplink.
-    fn require_lan(&mut self, root: &Table) {
-        let uplinks = root.get("uplink").and_then(Item::as_table);
-        if uplinks.is_none_or(|uplinks| uplinks.is_empty()) {
-            return;
-        }
-        let (place, lan) = match root.get_key_value("lan") {
-            Some((key, value)) => (key.span, value.as_table()),
-            None => (Span::default(), None),
-        };
-        for key in LAN.1 {
-            if lan.is_none_or(|lan| !lan.contains_key(key)) {
-                let what = format!("key {key} in [lan]: required once there is an uplink");
-                self.missing(place, &what);
-            }
+    /// Adds a problem for each key of the LAN that is missing.
+    fn require_lan(&mut self, root: &Table, lan: &Table) {
+        let place = root.get_key_value("lan");
+        let place = place.map_or(Span::default(), |(key, _)| key.span);
+        for key in LAN.1.iter().filter(|key| !lan.contains_key(key)) {
+            let what = format!("key {key} in [lan]: required once there is an uplink");
+            self.missing(place, &what);
         }
     }
 
-    fn lan(&mut self, root: &Table) -> Lan {
-        let Some(table) = self.table(root, "lan") else {
-            return Lan::default();
-        };
-        self.check_keys(table, LAN);
-        let interfaces = self.list(
-            table,
-            "interfaces",
-            "interface names: [\"eth1\"]",
-            IfName::parse,
-        );
-        let networks = self.list(table, "networks", "prefixes: [\"192.168.0.0/24\"]", prefix);
-        Lan {
-            interfaces,
-            networks,
-        }
-    }
-
-    fn mask(&mut self, root: &Table) -> u32 {
-        const DEFAULT: u32 = 0xff;
-        let Some(table) = self.table(root, "mark") else {
-            return DEFAULT;
-        };
-        self.check_keys(table, MARK);
-        self.integer(table, "mask", 1..=u32::MAX.into())
-            .unwrap_or(DEFAULT)
-    }
-
-    fn priority(&mut self, root: &Table) -> Priority {
-        let mut priority = Priority {
-            local: 98,
-            mark: 99,
-            source: 100,
-            pin: 101,
-        };
-        let Some(table) = self.table(root, "priority") else {
-            return priority;
-        };
-        self.check_keys(table, PRIORITY);
-        let keys = [
-            ("local", &mut priority.local),
-            ("mark", &mut priority.mark),
-            ("source", &mut priority.source),
-            ("pin", &mut priority.pin),
-        ];
-        for (key, target) in keys {
-            if let Some(value) = self.integer(table, key, PRIORITIES) {
-                *target = value;
-            }
-        }
+    fn priority(&mut self, table: &Table) -> Priority {
+        let mut value = |key, default| self.integer(table, key, PRIORITIES).unwrap_or(default);
+        let (local, mark, source) = (value("local", 98), value("mark", 99), value("source", 100));
+        let mut pin = value("pin", 101);
         if !table.contains_key("pin") {
             // A file that only sets the others must be valid without a word of pins.
-            priority.pin = priority.pin.max(priority.mark + 1);
+            pin = pin.max(mark + 1);
         }
-        let Priority {
-            local,
-            mark,
-            source,
-            pin,
-        } = priority;
         // Traffic to the LAN must not go to an uplink; a reply goes by its connection's uplink, even if its host is pinned
         // to another one.
         if let Some((key, _)) = table.iter().next()
@@ -273,96 +219,90 @@ impl Reader {
             );
             self.problem(key.span, message);
         }
-        priority
+        Priority {
+            local,
+            mark,
+            source,
+            pin,
+        }
     }
 
-    fn uplink(&mut self, name: &Key, table: &Table, mask: u32) -> Option<Uplink> {
+    fn uplinks(&mut self, table: &Table, mask: u32) -> Vec<(Span, UplinkName, Uplink)> {
+        let mut uplinks = Vec::new();
+        for (key, value) in table {
+            let Some(name) = self.take(key.span, UplinkName::parse(key.name)) else {
+                continue;
+            };
+            let what = || format!("an uplink is a table: [uplink.{name}]");
+            let table = value.as_table().with_context(what);
+            let Some(table) = self.take(value.span(), table) else {
+                continue;
+            };
+            if uplinks.len() == MAX_UPLINKS {
+                self.problem(key.span, format!("more than {MAX_UPLINKS} uplinks"));
+                break;
+            }
+            let uplink = self.uplink(key, table, mask);
+            // Without an identity it would match every other uplink's link.
+            if uplink.identity != Identity::default() {
+                uplinks.push((key.span, name, uplink));
+            }
+        }
+        uplinks
+    }
+
+    fn uplink(&mut self, name: &Key, table: &Table, mask: u32) -> Uplink {
         self.check_keys(table, UPLINK);
-        let identity = self.identity(name, table);
-        let pin = self.list(
-            table,
-            "pin",
-            "LAN sources: [\"192.168.0.2\"]",
-            address_or_prefix,
-        );
-        let masquerade = self.boolean(table, "masquerade").unwrap_or(true);
-        let forwards = self.forwards(table);
-        let routing = self.routing(name, table, mask);
-        Some(Uplink {
-            identity: identity?,
-            routing,
-            masquerade,
-            hairpin: self.boolean(table, "hairpin").unwrap_or(true),
-            clamp_mss: self.boolean(table, "clamp-mss").unwrap_or(true),
-            accept_forward: self.boolean(table, "accept-forward").unwrap_or(false),
-            pin,
-            forwards,
-        })
+        let what = "pin is a list of LAN sources: [\"192.168.0.2\"]";
+        Uplink {
+            identity: self.identity(name, table),
+            routing: self.routing(name, table, mask),
+            masquerade: self.boolean(table, "masquerade", true),
+            hairpin: self.boolean(table, "hairpin", true),
+            clamp_mss: self.boolean(table, "clamp-mss", true),
+            accept_forward: self.boolean(table, "accept-forward", false),
+            pin: self.list(table, "pin", what, address_or_prefix),
+            forwards: self.forwards(table),
+        }
     }
 
     /// The routing table and mark. None if the table is not given, which is a problem if another key needs it.
     fn routing(&mut self, name: &Key, table: &Table, mask: u32) -> Option<Routing> {
         let id = self.table_id(table);
-        if table.get("table").is_none() {
-            for needs in ["forward", "mark", "pin"] {
-                let Some((key, _)) = table.get_key_value(needs) else {
-                    continue;
-                };
+        if !table.contains_key("table") {
+            let needs = ["forward", "mark", "pin"];
+            for (key, _) in needs.iter().filter_map(|key| table.get_key_value(key)) {
                 let what = format!(
-                    "key table in [uplink.{}]: {needs} needs a routing table of its own: table = 10",
-                    name.name
+                    "key table in [uplink.{}]: {} needs a routing table of its own: table = 10",
+                    name.name, key.name
                 );
                 self.missing(key.span, &what);
             }
         }
-        let given = table.get("mark");
-        let mark = match given {
-            Some(_) => self.integer(table, "mark", 1..=u32::MAX.into()),
-            None => id.map(|TableId(id)| id),
-        }?;
-        if mark & !mask != 0 {
-            let at = given.or(table.get("table")).map_or(name.span, Item::span);
+        let (given, value) = match table.get("mark") {
+            Some(value) => (self.integer(table, "mark", MARKS)?, value),
+            None => (id?.0, table.get("table")?),
+        };
+        if given & !mask != 0 {
             let (low, high) = (1u32 << mask.trailing_zeros(), mask);
             let message = format!(
-                "mark {mark} does not fit the mask {mask:#x}: give mark = {low} to {high} within it, or widen [mark] mask"
+                "mark {given} does not fit the mask {mask:#x}: give mark = {low} to {high} within it, or widen [mark] mask"
             );
-            self.problem(at, message);
+            self.problem(value.span(), message);
         }
-        let mark = FwMark { value: mark, mask };
+        let mark = FwMark { value: given, mask };
         Some(Routing { table: id?, mark })
     }
 
-    fn identity(&mut self, name: &Key, table: &Table) -> Option<Identity> {
-        let string = |value: &Item| {
-            let text = value
-                .as_str()
-                .filter(|text| !text.is_empty() && !text.chars().any(char::is_control));
-            text.map(str::to_owned)
-        };
-        let mut texts = ["ipparam", "linkname", "peer"].map(|key| {
-            let value = table.get(key)?;
-            let text = string(value);
-            self.take(
-                value.span(),
-                text.with_context(|| format!("{key} is a string of printable characters")),
-            )
-        });
-        let interface = table.get("interface").and_then(|value| {
+    fn identity(&mut self, name: &Key, table: &Table) -> Identity {
+        let mut text = |key| self.value(table, key, |value| printable(value, key));
+        let (ipparam, linkname, peer) = (text("ipparam"), text("linkname"), text("peer"));
+        let interface = self.value(table, "interface", |value| {
             let text = value.as_str().context("interface is a name: \"ppp0\"");
-            self.take(value.span(), text.and_then(IfName::parse))
+            text.and_then(IfName::parse)
         });
-        let [ipparam, linkname, peer] = texts.each_mut().map(Option::take);
-        let identity = Identity {
-            interface,
-            ipparam,
-            linkname,
-            peer,
-            address: self.address(table),
-        };
-        if !["interface", "ipparam", "linkname", "peer", "address"]
-            .iter()
-            .any(|key| table.contains_key(key))
-        {
+        let keys = ["interface", "ipparam", "linkname", "peer", "address"];
+        if !keys.iter().any(|key| table.contains_key(key)) {
             let what = format!(
                 "interface in [uplink.{}]: say which link this is by interface, ipparam, linkname, peer or address: \
                  interface = \"ppp0\"",
@@ -370,41 +310,35 @@ impl Reader {
             );
             self.missing(name.span, &what);
         }
-        (identity != Identity::default()).then_some(identity)
+        Identity {
+            interface,
+            ipparam,
+            linkname,
+            peer,
+            address: self.address(table),
+        }
     }
 
     fn table_id(&mut self, table: &Table) -> Option<TableId> {
-        let id: u32 = self.integer(table, "table", 1..=0x7fff_ffff)?;
-        if (253..=255).contains(&id) {
-            let span = table.get("table").map_or(Span::default(), Item::span);
-            self.problem(
-                span,
-                format!(
-                    "table {id} is the system's (default, main, local): use 1 to 252, or above 255"
-                ),
+        self.value(table, "table", |value| {
+            let id = integer(value, "table", 1..=0x7fff_ffff)?;
+            ensure!(
+                !(253..=255).contains(&id),
+                "table {id} is the system's (default, main, local): use 1 to 252, or above 255"
             );
-            return None;
-        }
-        Some(TableId(id))
+            Ok(TableId(id))
+        })
     }
 
     fn forwards(&mut self, table: &Table) -> Vec<Forward> {
-        let Some(value) = table.get("forward") else {
-            return Vec::new();
-        };
         let example = "forward is a list of tables: [{ port = 80, to = \"192.168.0.2\" }]";
-        let Some(items) = value.as_array() else {
-            self.problem(value.span(), example);
-            return Vec::new();
-        };
+        let items = self.items(table, "forward", example);
         let mut forwards: Vec<Forward> = Vec::with_capacity(items.len());
         let mut places = Vec::with_capacity(items.len());
         for item in items {
-            let Some(table) = item.as_table() else {
-                self.problem(item.span(), example);
-                continue;
-            };
-            for forward in self.forward(item, table).unwrap_or_default() {
+            let table = self.take(item.span(), item.as_table().context(example));
+            let each = table.and_then(|table| self.forward(item, table));
+            for forward in each.unwrap_or_default() {
                 forwards.push(forward);
                 places.push(item.span());
             }
@@ -428,30 +362,32 @@ impl Reader {
             Some(value) => self.take(value.span(), ports(value)),
             None => Some(Vec::new()),
         };
-        let to = match table.get("to") {
-            Some(value) => self.take(value.span(), target(value)),
-            None => {
-                self.missing(item.span(), "to: the LAN host: to = \"192.168.0.2\"");
-                None
-            }
-        };
-        let from = self.sources(table);
+        let to = self.value(table, "to", target);
+        if !table.contains_key("to") {
+            self.missing(item.span(), "to: the LAN host: to = \"192.168.0.2\"");
+        }
+        let what = "from is a list of source prefixes: [\"198.51.100.0/24\"]";
+        let from = self.list(table, "from", what, address_or_prefix);
+        if let Some(list) = table["from"].as_array()
+            && list.is_empty()
+        {
+            let message = "an empty from lets nobody in; leave it out to let everybody in";
+            self.problem(list.span(), message);
+        }
         let address = self.address(table);
         let (protocols, ports, (to, to_port)) = (protocols?, ports?, to?);
         let portless =
             protocols.is_empty() || !protocols.iter().all(|protocol| protocol.has_ports());
         if !ports.is_empty() && portless {
-            let span = table.get("port").map_or(item.span(), Item::span);
             self.problem(
-                span,
+                table["port"].span(),
                 "only tcp, udp and sctp have ports: leave port out, or name these protocols only",
             );
         }
         let is_one = ports.len() == 1 && ports[0].is_one();
         if to_port.is_some() && !is_one {
-            let span = table.get("to").map_or(item.span(), Item::span);
             self.problem(
-                span,
+                table["to"].span(),
                 "to can have a port if port is a single one; several ports stay as they are, so give the address alone",
             );
         }
@@ -475,125 +411,88 @@ impl Reader {
 
     /// The address of a link.
     fn address(&mut self, table: &Table) -> Option<Ipv4Addr> {
-        let value = table.get("address")?;
-        let text = value.as_str();
-        let text = text.context("address is an IPv4 address of the link: \"203.0.113.10\"");
-        self.take(value.span(), text.and_then(host))
-    }
-
-    /// The sources that may use a forward. Empty if `from` is not given, for all.
-    fn sources(&mut self, table: &Table) -> Vec<Ipv4Network> {
-        let what = "source prefixes: [\"198.51.100.0/24\"]";
-        if let Some(value) = table.get("from")
-            && value.as_array().is_some_and(|list| list.is_empty())
-        {
-            let message = "an empty from lets nobody in; leave it out to let everybody in";
-            self.problem(value.span(), message);
-        }
-        self.list(table, "from", what, address_or_prefix)
+        self.value(table, "address", |value| {
+            let text = value.as_str();
+            let text = text.context("address is an IPv4 address of the link: \"203.0.113.10\"");
+            text.and_then(host)
+        })
     }
 
     /// The protocols. Empty for "any".
     fn protocols(&mut self, value: &Item) -> Option<Vec<Protocol>> {
+        if value.as_str() == Some("any") {
+            return Some(Vec::new());
+        }
         let list = value.as_array();
-        let names = list.map_or(std::slice::from_ref(value), Array::as_slice);
-        let mut protocols = Vec::new();
+        let names = list.map_or(slice::from_ref(value), Array::as_slice);
         if names.is_empty() {
             self.problem(
                 value.span(),
                 "an empty proto forwards nothing; leave it out for tcp",
             );
         }
-        for name in names {
-            let text = name.as_str().unwrap_or_default();
-            let known = Protocol::parse(text);
-            let message = match known {
-                _ if text == "any" && list.is_none() => return Some(Vec::new()),
-                _ if text == "any" => "\"any\" can't be in a list; write proto = \"any\"",
-                Some(protocol) if protocols.contains(&protocol) => "is listed twice in proto",
-                Some(protocol) => {
-                    protocols.push(protocol);
-                    continue;
-                }
-                None => {
-                    "proto is \"tcp\", \"udp\", \"sctp\", \"gre\", \"esp\" or \"icmp\", a list of these, or \"any\""
-                }
-            };
-            self.problem(name.span(), message);
-        }
+        let protocols = self.all(names, "proto", protocol);
         Some(protocols).filter(|protocols| !protocols.is_empty())
     }
 
-    /// A list of parsed strings. Adds a problem for each that can't be parsed, and for duplicates.
+    /// A list of parsed strings.
     fn list<T: PartialEq>(
         &mut self,
         table: &Table,
         key: &str,
-        what: &str,
+        what: &'static str,
         parse: fn(&str) -> Result<T>,
     ) -> Vec<T> {
-        let Some(value) = table.get(key) else {
-            return Vec::new();
-        };
-        let Some(items) = value.as_array() else {
-            self.problem(value.span(), format!("{key} is a list of {what}"));
-            return Vec::new();
-        };
+        let items = self.items(table, key, what);
+        self.all(items, key, |item| {
+            item.as_str().context(what).and_then(parse)
+        })
+    }
+
+    /// The items of a list. Empty if the key is missing.
+    fn items<'a>(&mut self, table: &'a Table<'a>, key: &str, what: &'static str) -> &'a [Item<'a>] {
+        let list = self.value(table, key, |value| value.as_array().context(what));
+        list.map_or(&[], Array::as_slice)
+    }
+
+    /// Each item, parsed. Adds a problem for each that can't be parsed, and for duplicates.
+    fn all<T: PartialEq>(
+        &mut self,
+        items: &[Item],
+        key: &str,
+        parse: impl Fn(&Item) -> Result<T>,
+    ) -> Vec<T> {
         let mut list = Vec::new();
-        for item in items.iter() {
-            let parsed = item
-                .as_str()
-                .with_context(|| format!("{key} is a list of {what}"))
-                .and_then(parse);
-            let Some(parsed) = self.take(item.span(), parsed) else {
+        for item in items {
+            let Some(parsed) = self.take(item.span(), parse(item)) else {
                 continue;
             };
             if list.contains(&parsed) {
                 self.problem(item.span(), format!("is listed twice in {key}"));
+            } else {
+                list.push(parsed);
             }
-            list.push(parsed);
         }
         list
     }
 
-    fn boolean(&mut self, table: &Table, key: &str) -> Option<bool> {
-        let value = table.get(key)?;
-        let boolean = value.as_bool();
-        if boolean.is_none() {
-            self.problem(value.span(), format!("{key} is true or false"));
-        }
-        boolean
+    fn boolean(&mut self, table: &Table, key: &str, default: bool) -> bool {
+        let what = || format!("{key} is true or false");
+        let value = self.value(table, key, |value| value.as_bool().with_context(what));
+        value.unwrap_or(default)
     }
 
-    fn integer(&mut self, table: &Table, key: &str, range: RangeInclusive<u64>) -> Option<u32> {
-        let value = table.get(key)?;
-        let integer = value.as_u64().filter(|number| range.contains(number));
-        if integer.is_none() {
-            self.problem(
-                value.span(),
-                format!(
-                    "{key} is a whole number from {} to {}",
-                    range.start(),
-                    range.end()
-                ),
-            );
-        }
-        integer.and_then(|number| u32::try_from(number).ok())
+    fn integer(&mut self, table: &Table, key: &str, range: RangeInclusive<u32>) -> Option<u32> {
+        self.value(table, key, |value| integer(value, key, range))
     }
 
     /// Adds a problem for each pair of uplinks that have in common what must be different, and for each uplink that
     /// contradicts the LAN.
-    fn check_uplinks(
-        &mut self,
-        places: &[(UplinkName, Span)],
-        uplinks: &BTreeMap<UplinkName, Uplink>,
-        lan: &Lan,
-    ) {
-        for (index, (name, span)) in places.iter().enumerate() {
-            let uplink = &uplinks[name];
+    fn check_uplinks(&mut self, uplinks: &[(Span, UplinkName, Uplink)], lan: &Lan) {
+        for (index, (span, name, uplink)) in uplinks.iter().enumerate() {
             let mut messages = conflicts_with_lan(name, uplink, lan);
-            for (earlier, _) in &places[..index] {
-                messages.extend(conflicts((earlier, &uplinks[earlier]), (name, uplink)));
+            for (_, earlier, one) in &uplinks[..index] {
+                messages.extend(conflicts((earlier, one), (name, uplink)));
             }
             for message in messages {
                 self.problem(*span, message);

@@ -1,16 +1,46 @@
-//! Parses single values of the configuration.
+//! Parses single values of the configuration. An error says what is right.
 
 use std::net::Ipv4Addr;
+use std::ops::RangeInclusive;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use ipnetwork::Ipv4Network;
 use toml_spanner::{Item, Value};
 
-use crate::model::forward::PortRange;
+use crate::model::forward::{PortRange, Protocol};
 use crate::model::link::check_local;
 
+/// Parses a whole number.
+pub fn integer(value: &Item, key: &str, range: RangeInclusive<u32>) -> Result<u32> {
+    let number = value.as_u64().and_then(|number| number.try_into().ok());
+    let (first, last) = (range.start(), range.end());
+    number
+        .filter(|number| range.contains(number))
+        .with_context(|| format!("{key} is a whole number from {first} to {last}"))
+}
+
+/// Parses a text that names a link to pppd.
+pub fn printable(value: &Item, key: &str) -> Result<String> {
+    value
+        .as_str()
+        .filter(|text| !text.is_empty() && !text.chars().any(char::is_control))
+        .map(str::to_owned)
+        .with_context(|| format!("{key} is a string of printable characters"))
+}
+
+/// Parses a forward's protocol.
+pub fn protocol(value: &Item) -> Result<Protocol> {
+    let text = value.as_str().unwrap_or_default();
+    ensure!(
+        text != "any",
+        "\"any\" can't be in a list; write proto = \"any\""
+    );
+    Protocol::parse(text).context(
+        "proto is \"tcp\", \"udp\", \"sctp\", \"gre\", \"esp\" or \"icmp\", a list of these, or \"any\"",
+    )
+}
+
 /// Parses a prefix. Unlike ipnetwork's parser, it requires the length and refuses host bits.
-/// Errors: says what is right.
 pub fn prefix(text: &str) -> Result<Ipv4Network> {
     let network: Ipv4Network = text
         .parse()
@@ -57,30 +87,23 @@ fn port_range(value: &Item) -> Result<PortRange> {
     let what =
         "port is one port (80), a range (\"27015-27030\"), or a list of these, from 1 to 65535";
     let port = |text: &str| {
-        text.parse::<u16>()
-            .ok()
-            .filter(|port| *port > 0 && text.starts_with(|c: char| c.is_ascii_digit()))
+        let is_number = text.starts_with(|c: char| c.is_ascii_digit());
+        text.parse().ok().filter(|port| is_number && *port > 0)
     };
-    let range = match value.value() {
-        Value::Integer(integer) => integer
-            .as_u64()
-            .and_then(|number| u16::try_from(number).ok())
-            .filter(|port| *port > 0)
-            .map(PortRange::one),
-        Value::String(text) => match text.split_once('-') {
-            Some((first, last)) => port(first)
-                .zip(port(last))
-                .map(|(first, last)| PortRange { first, last }),
-            None => port(text).map(PortRange::one),
-        },
-        _ => None,
+    let (first, last) = match value.value() {
+        Value::String(text) => {
+            let (first, last) = text.split_once('-').unwrap_or((text, text));
+            (port(first), port(last))
+        }
+        _ => {
+            let port = value.as_u64().and_then(|number| number.try_into().ok());
+            let port = port.filter(|port| *port > 0);
+            (port, port)
+        }
     };
-    let range = range.context(what)?;
-    ensure!(
-        range.first <= range.last,
-        "the range ends before it begins: {what}"
-    );
-    Ok(range)
+    let (first, last) = first.zip(last).context(what)?;
+    ensure!(first <= last, "the range ends before it begins: {what}");
+    Ok(PortRange { first, last })
 }
 
 /// Parses a LAN host's address, with a port or without; or a port alone, of this router's own.
@@ -91,12 +114,7 @@ pub fn target(value: &Item) -> Result<(Option<Ipv4Addr>, Option<u16>)> {
     let (address, port) = match text.split_once(':') {
         Some((address, port)) => (
             address,
-            Some(
-                port.parse::<u16>()
-                    .ok()
-                    .filter(|port| *port > 0)
-                    .context(what)?,
-            ),
+            Some(port.parse().ok().filter(|port| *port > 0).context(what)?),
         ),
         None => (text, None),
     };
@@ -108,16 +126,17 @@ pub fn target(value: &Item) -> Result<(Option<Ipv4Addr>, Option<u16>)> {
 }
 
 /// Parses the address of a host or of a link.
-/// Errors: it is not one, or can't be one.
 pub fn host(text: &str) -> Result<Ipv4Addr> {
     let address = text.parse().ok();
     let address = address.with_context(|| format!("{text:?} is not an IPv4 address"))?;
-    check_local(address, &[]).map_err(|_| anyhow!("{address} can't be a host's address"))?;
+    ensure!(
+        check_local(address, &[]).is_ok(),
+        "{address} can't be a host's address"
+    );
     Ok(address)
 }
 
 /// Parses a prefix or an address.
-/// Errors: says what is right.
 pub fn address_or_prefix(text: &str) -> Result<Ipv4Network> {
     match text.parse::<Ipv4Addr>() {
         Ok(address) => Ok(address.into()),

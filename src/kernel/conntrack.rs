@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockProtocol};
 
 use crate::kernel::netlink::{
-    Socket, attribute, attributes, ipv4, nest, nested, u16_be_at, u32_be_at,
+    Socket, attribute, attributes, encode, ipv4, nest, u16_be_at, u32_be_at,
 };
 use crate::kernel::root::Root;
 use crate::model::forward::{Asked, Protocol};
@@ -101,14 +101,14 @@ pub enum Filter {
 
 impl Filter {
     fn attributes(self) -> Vec<u8> {
-        let number = |kind, value: u32| attribute(kind, &value.to_be_bytes());
+        let number = |kind, value: u32| encode(kind, &value.to_be_bytes());
         let status = |value, mask| [number(CTA_STATUS, value), number(CTA_STATUS_MASK, mask)];
         let address = |[original, reply]: [u32; 2], tuple, kind, address: Ipv4Addr| {
             let flags = [
-                attribute(CTA_FILTER_ORIG_FLAGS, &original.to_ne_bytes()),
-                attribute(CTA_FILTER_REPLY_FLAGS, &reply.to_ne_bytes()),
+                encode(CTA_FILTER_ORIG_FLAGS, &original.to_ne_bytes()),
+                encode(CTA_FILTER_REPLY_FLAGS, &reply.to_ne_bytes()),
             ];
-            let address = attribute(kind, &address.octets());
+            let address = encode(kind, &address.octets());
             [
                 nest(CTA_FILTER, &flags.concat()),
                 nest(tuple, &nest(CTA_TUPLE_IP, &address)),
@@ -241,7 +241,7 @@ fn flow(body: &[u8]) -> Option<Flow> {
                 key.extend(nest(kind, value));
             }
             CTA_TUPLE_REPLY => reply = tuple(value),
-            CTA_ID | CTA_ZONE => key.extend(attribute(kind, value)),
+            CTA_ID | CTA_ZONE => key.extend(encode(kind, value)),
             CTA_STATUS => status = u32_be_at(value, 0)?,
             CTA_MARK => mark = u32_be_at(value, 0)?,
             CTA_COUNTERS_ORIG => counters[0] = bytes(value),
@@ -265,32 +265,32 @@ fn flow(body: &[u8]) -> Option<Flow> {
 /// The protocol's number, and the addresses and ports of a direction.
 fn tuple(value: &[u8]) -> Option<(u8, Tuple)> {
     let (ip, proto) = (
-        nested(value, CTA_TUPLE_IP)?,
-        nested(value, CTA_TUPLE_PROTO)?,
+        attribute(value, 0, CTA_TUPLE_IP)?,
+        attribute(value, 0, CTA_TUPLE_PROTO)?,
     );
-    let port = |kind| u16_be_at(nested(proto, kind)?, 0);
+    let port = |kind| u16_be_at(attribute(proto, 0, kind)?, 0);
     let tuple = Tuple {
-        source: ipv4(nested(ip, CTA_IP_V4_SRC)?)?,
-        destination: ipv4(nested(ip, CTA_IP_V4_DST)?)?,
+        source: ipv4(attribute(ip, 0, CTA_IP_V4_SRC)?)?,
+        destination: ipv4(attribute(ip, 0, CTA_IP_V4_DST)?)?,
         ports: port(CTA_PROTO_SRC_PORT).zip(port(CTA_PROTO_DST_PORT)),
     };
-    Some((*nested(proto, CTA_PROTO_NUM)?.first()?, tuple))
+    Some((*attribute(proto, 0, CTA_PROTO_NUM)?.first()?, tuple))
 }
 
 /// `type`, `code` and `id` of ICMP.
 fn icmp_of(value: &[u8]) -> Option<(u8, u8, u16)> {
-    let proto = nested(value, CTA_TUPLE_PROTO)?;
-    let byte = |kind| nested(proto, kind)?.first().copied();
+    let proto = attribute(value, 0, CTA_TUPLE_PROTO)?;
+    let byte = |kind| attribute(proto, 0, kind)?.first().copied();
     Some((
         byte(CTA_PROTO_ICMP_TYPE)?,
         byte(CTA_PROTO_ICMP_CODE)?,
-        u16_be_at(nested(proto, CTA_PROTO_ICMP_ID)?, 0)?,
+        u16_be_at(attribute(proto, 0, CTA_PROTO_ICMP_ID)?, 0)?,
     ))
 }
 
 /// The bytes that a direction has had.
 fn bytes(value: &[u8]) -> Option<u64> {
-    let bytes = nested(value, CTA_COUNTERS_BYTES)?;
+    let bytes = attribute(value, 0, CTA_COUNTERS_BYTES)?;
     Some(u64::from_be_bytes(bytes.try_into().ok()?))
 }
 
@@ -327,7 +327,7 @@ impl fmt::Display for Flow {
 impl Flow {
     /// The conntrack zone (iptables-extensions(8), CT).
     fn zone(&self) -> u16 {
-        let zone = nested(&self.key, CTA_ZONE).and_then(|value| u16_be_at(value, 0));
+        let zone = attribute(&self.key, 0, CTA_ZONE).and_then(|value| u16_be_at(value, 0));
         zone.unwrap_or_default()
     }
 }
@@ -346,7 +346,7 @@ mod tests {
             cut in 0..300_usize,
         ) {
             let mut body = header();
-            body.extend(attributes.iter().flat_map(|(kind, value)| attribute(*kind, value)));
+            body.extend(attributes.iter().flat_map(|(kind, value)| encode(*kind, value)));
             body.truncate(cut);
             let _ = flow(&body).map(|flow| flow.to_string());
         }

@@ -27,15 +27,11 @@ pub struct RouteLookup {
 pub fn route_lookup(text: &str) -> Result<RouteLookup> {
     let line = text.lines().next().unwrap_or_default();
     let mut lookup = RouteLookup::default();
-    let is_flag =
-        |word: &&str| matches!(*word, "linkdown" | "dead" | "onlink" | "offload" | "trap");
-    let mut words = line
-        .split_ascii_whitespace()
-        .filter(|word| !is_flag(word))
-        .peekable();
-    lookup.is_local = words
-        .next_if(|word| matches!(*word, "local" | "2" | "broadcast" | "3"))
-        .is_some();
+    let flags = ["linkdown", "dead", "onlink", "offload", "trap"];
+    let words = line.split_ascii_whitespace();
+    let mut words = words.filter(|word| !flags.contains(word)).peekable();
+    let is_local = words.next_if(|word| ["local", "2", "broadcast", "3"].contains(word));
+    lookup.is_local = is_local.is_some();
     words.next();
     // Keys and values alternate: an interface may have the name "via".
     while let Some((key, value)) = words.next().zip(words.next()) {
@@ -80,10 +76,8 @@ pub fn failures(stderr: &str) -> Vec<(usize, String)> {
     let mut failures = Vec::new();
     let mut words = Vec::new();
     for line in stderr.lines() {
-        match line
-            .strip_prefix("Command failed -:")
-            .and_then(|number| number.trim().parse().ok())
-        {
+        let number = line.strip_prefix("Command failed -:");
+        match number.and_then(|number| number.trim().parse().ok()) {
             Some(number) => failures.push((number, std::mem::take(&mut words).join(" "))),
             None => words.push(line.trim()),
         }

@@ -1,22 +1,17 @@
-//! Dumps by netlink(7): interfaces, addresses, whether nf_tables has tables of iptables, and the primitives for other
-//! dumps. Spawns no process.
+//! Dumps by netlink(7), and what they are parsed with. Spawns no process.
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::libc::{
-    self, IFA_CACHEINFO, IFA_LOCAL, RTM_GETADDR, RTM_GETLINK, RTM_NEWADDR, RTM_NEWLINK,
-};
+use nix::libc;
 use nix::setsockopt_impl;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket,
     sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use nix::time::{ClockId, clock_gettime};
 
 // linux/netlink.h
 const NLM_F_REQUEST: u16 = 1;
@@ -31,23 +26,6 @@ const NLM_F_ACK: u16 = 4;
 const NLA_F_NESTED: u16 = 0x8000;
 /// The other bits are flags (`NLA_F_NESTED`, `NLA_F_NET_BYTEORDER`).
 const NLA_TYPE_MASK: u16 = 0x3fff;
-
-// linux/if.h, if_link.h
-const IFF_UP: u32 = 1;
-/// The bytes of an `ifinfomsg`: family, type, index, flags, change.
-const INTERFACE: usize = 16;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFLA_AF_SPEC: u16 = 26;
-const IFLA_INET_CONF: u16 = 1;
-
-// linux/ip.h
-/// The index of `src_valid_mark` among the parameters in `IFLA_INET_CONF`, from 0: `IPV4_DEVCONF_SRC_VMARK` - 1.
-const SRC_VMARK: usize = 23;
-
-// linux/if_addr.h
-/// The bytes of an `ifaddrmsg`: family, prefix length, flags, scope, interface index.
-const ADDRESS: usize = 8;
 
 // linux/netfilter/nfnetlink.h, nf_tables.h: the upper byte is the subsystem
 const NFT_NEWTABLE: u16 = 10 << 8;
@@ -78,61 +56,16 @@ const TIMEOUT: i64 = 5;
 /// How often a dump is tried while the entries change.
 const TRIES: usize = 20;
 
-#[derive(Debug, PartialEq, Eq)]
-pub struct Interface {
-    pub index: u32,
-    pub name: String,
-    /// `IFF_UP`, linux/if.h.
-    pub up: bool,
-    pub mtu: Option<u32>,
-    /// The interface's own value, without that of `all` (Documentation/networking/ip-sysctl.rst).
-    pub src_valid_mark: bool,
-}
-
-/// An IPv4 address of an interface.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Address {
-    /// The interface's index. The address's label, which getifaddrs(3) returns as the interface's name, need not be it.
-    pub index: u32,
-    pub address: Ipv4Addr,
-    pub age: Duration,
-}
-
-/// All interfaces.
-/// Errors: the dump fails.
-pub fn interfaces() -> Result<Vec<Interface>> {
-    let protocol = SockProtocol::NetlinkRoute;
-    let interfaces = dump(protocol, [RTM_GETLINK, RTM_NEWLINK], &mut [0; INTERFACE])
-        .context("ask for the interfaces (netlink)")?;
-    Ok(interfaces
-        .iter()
-        .filter_map(|body| interface(body))
-        .collect())
-}
-
-/// All IPv4 addresses, in the kernel's order.
-/// Errors: the dump fails.
-pub fn addresses() -> Result<Vec<Address>> {
-    let protocol = SockProtocol::NetlinkRoute;
-    let addresses = dump(protocol, [RTM_GETADDR, RTM_NEWADDR], &mut [0; ADDRESS])
-        .context("ask for the addresses (netlink)")?;
-    // The kernel's timestamps count jiffies, which follow this clock (`cstamp_delta`, net/ipv4/devinet.c).
-    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
-    let addresses = addresses.iter();
-    Ok(addresses.filter_map(|body| address(body, now)).collect())
-}
-
 /// Whether nf_tables has a table of the name of one of iptables-nft.
 /// Errors: the dump fails.
 pub fn nft_tables() -> Result<bool> {
     let protocol = SockProtocol::NetlinkNetFilter;
     let tables = dump(protocol, [NFT_GETTABLE, NFT_NEWTABLE], &mut [0; NFGENMSG])
         .context("ask for the tables of nf_tables (netlink)")?;
-    Ok(tables.iter().any(|body| {
-        let name = attributes(body, NFGENMSG).find(|(kind, _)| *kind == NFTA_TABLE_NAME);
-        let name = name.map(|(_, name)| text(name)).unwrap_or_default();
-        ["mangle", "nat", "filter"].contains(&name.as_str())
-    }))
+    let mut names = tables
+        .iter()
+        .filter_map(|body| attribute(body, NFGENMSG, NFTA_TABLE_NAME));
+    Ok(names.any(|name| ["mangle", "nat", "filter"].contains(&text(name).as_str())))
 }
 
 /// Dumps all IPv4 entries of a kind. Returns the body of each reply: a header that depends on the kind, and attributes.
@@ -251,8 +184,8 @@ pub fn attributes(body: &[u8], header: usize) -> impl Iterator<Item = (u16, &[u8
     })
 }
 
-/// An attribute.
-pub fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+/// The bytes of an attribute.
+pub fn encode(kind: u16, value: &[u8]) -> Vec<u8> {
     let length = u16::try_from(4 + value.len()).expect("the value is short");
     let mut attribute = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
     attribute.extend(value);
@@ -260,15 +193,15 @@ pub fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     attribute
 }
 
-/// An attribute whose value is attributes.
+/// The bytes of an attribute whose value is attributes.
 pub fn nest(kind: u16, attributes: &[u8]) -> Vec<u8> {
-    attribute(kind | NLA_F_NESTED, attributes)
+    encode(kind | NLA_F_NESTED, attributes)
 }
 
-/// The value of the attribute of this type that is nested in an attribute's value.
-pub fn nested(value: &[u8], searched: u16) -> Option<&[u8]> {
-    let mut inner = attributes(value, 0);
-    inner.find_map(|(kind, value)| (kind == searched).then_some(value))
+/// The value of the attribute of this type, after a body's header of this many bytes.
+pub fn attribute(body: &[u8], header: usize, searched: u16) -> Option<&[u8]> {
+    let mut all = attributes(body, header);
+    all.find_map(|(kind, value)| (kind == searched).then_some(value))
 }
 
 /// A message from the kernel.
@@ -290,44 +223,6 @@ fn next_message<'a>(rest: &mut &'a [u8]) -> Option<Message<'a>> {
     Some(message)
 }
 
-fn interface(body: &[u8]) -> Option<Interface> {
-    let mut interface = Interface {
-        index: u32_at(body, 4)?,
-        name: String::new(),
-        up: u32_at(body, 8)? & IFF_UP != 0,
-        mtu: None,
-        src_valid_mark: false,
-    };
-    for (kind, value) in attributes(body, INTERFACE) {
-        match kind {
-            IFLA_IFNAME => interface.name = text(value),
-            IFLA_MTU => interface.mtu = u32_at(value, 0),
-            IFLA_AF_SPEC => {
-                let family = AddressFamily::Inet as u16;
-                let parameters =
-                    nested(value, family).and_then(|inet| nested(inet, IFLA_INET_CONF));
-                let value = parameters.and_then(|values| u32_at(values, SRC_VMARK * 4));
-                interface.src_valid_mark = value.is_some_and(|value| value != 0);
-            }
-            _ => {}
-        }
-    }
-    Some(interface).filter(|interface| !interface.name.is_empty())
-}
-
-fn address(body: &[u8], now: Duration) -> Option<Address> {
-    let attribute = |searched| attributes(body, ADDRESS).find(|(kind, _)| *kind == searched);
-    let (_, local) = attribute(IFA_LOCAL)?;
-    // `ifa_cacheinfo`: preferred and valid lifetime, then when it was added (`cstamp`) and changed, in hundredths of a
-    // second since boot.
-    let (_, times) = attribute(IFA_CACHEINFO)?;
-    Some(Address {
-        index: u32_at(body, 4)?,
-        address: ipv4(local)?,
-        age: age(now, u32_at(times, 8)?),
-    })
-}
-
 /// Parses the value of an address attribute.
 pub fn ipv4(value: &[u8]) -> Option<Ipv4Addr> {
     <[u8; 4]>::try_from(value).ok().map(Ipv4Addr::from)
@@ -337,16 +232,6 @@ pub fn ipv4(value: &[u8]) -> Option<Ipv4Addr> {
 pub fn text(value: &[u8]) -> String {
     let name = value.strip_suffix(b"\0").unwrap_or(value);
     String::from_utf8_lossy(name).into_owned()
-}
-
-/// The time since a timestamp of 32 bits, which wraps around after 497 days.
-fn age(now: Duration, stamp: u32) -> Duration {
-    let now = now.as_millis() / 10 % (1 << 32);
-    let now = u32::try_from(now).expect("it has 32 bits");
-    let passed = now.wrapping_sub(stamp);
-    // Rounding can put the timestamp a little after now.
-    let passed = if passed > u32::MAX - 100 { 0 } else { passed };
-    Duration::from_millis(u64::from(passed) * 10)
 }
 
 /// The number in native byte order at this offset.
@@ -376,32 +261,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_age_of_an_address_is_right_after_the_timestamp_wraps_around() {
-        let hundredths = |count: u64| Duration::from_millis(count * 10);
-        assert_eq!(age(hundredths(5000), 2000), hundredths(3000));
-        assert_eq!(
-            age(hundredths((1 << 32) + 700), u32::MAX - 299),
-            hundredths(1000)
-        );
-        assert_eq!(age(hundredths(5000), 5001), Duration::ZERO);
-    }
-
-    #[test]
     fn a_message_that_is_cut_short_is_not_parsed() {
-        let request = request(RTM_GETADDR, NLM_F_DUMP, &[0; ADDRESS]);
+        let request = request(7, NLM_F_DUMP, &[0; 8]);
         assert!(next_message(&mut &request[..20]).is_none());
         let mut rest: &[u8] = &request;
         let first = next_message(&mut rest).expect("one message");
-        assert_eq!(
-            (first.kind, first.body.len(), rest.len()),
-            (RTM_GETADDR, ADDRESS, 0)
-        );
+        assert_eq!((first.kind, first.body.len(), rest.len()), (7, 8, 0));
         // An attribute that is longer than its message.
-        assert_eq!(
-            address(&[0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 2, 0, 1], Duration::ZERO),
-            None
-        );
+        assert_eq!(attributes(&[9, 0, 2, 0, 1], 0).next(), None);
         // An attribute of length 0 ends the loop over the attributes.
-        assert_eq!(address(&[0; 16], Duration::ZERO), None);
+        assert_eq!(attributes(&[0; 8], 0).next(), None);
     }
 }

@@ -38,9 +38,6 @@ impl Root {
 
     /// The path with all symbolic links resolved. None if there is no such file.
     pub fn canonical(&self, path: impl AsRef<Path>) -> Option<PathBuf> {
-        if self.folder == Path::new("/") {
-            return path.as_ref().canonicalize().ok();
-        }
         let mut rest = names(path.as_ref());
         let mut path = PathBuf::from("/");
         let mut links = 0;
@@ -110,13 +107,10 @@ impl Root {
     /// The paths of a folder's entries, sorted. Empty if there is no such folder.
     pub fn list(&self, folder: impl AsRef<Path>) -> Vec<PathBuf> {
         let folder = folder.as_ref();
-        let entries = self
-            .reach(folder)
-            .and_then(|place| fs::read_dir(place).ok());
-        let entries = entries.into_iter().flatten().flatten();
-        let mut paths: Vec<PathBuf> = entries
-            .map(|entry| folder.join(entry.file_name()))
-            .collect();
+        let place = self.reach(folder);
+        let entries = place.and_then(|place| fs::read_dir(place).ok());
+        let names = entries.into_iter().flatten().flatten();
+        let mut paths: Vec<_> = names.map(|entry| folder.join(entry.file_name())).collect();
         paths.sort();
         paths
     }
@@ -137,35 +131,4 @@ fn names(path: &Path) -> Vec<OsString> {
         Component::CurDir | Component::Prefix(_) => None,
     });
     names.rev().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::fs::symlink;
-
-    use super::*;
-
-    #[test]
-    fn symbolic_links_stay_below_the_root() {
-        let folder = std::env::temp_dir().join(format!("mh-hook-root-{}", std::process::id()));
-        let make = |path: &str| {
-            let path = folder.join(path);
-            fs::create_dir_all(path.parent().expect("a folder")).expect("its folder");
-            path
-        };
-        fs::write(make("usr/lib/a.conf"), "a = 1\n").expect("a file");
-        symlink("/usr/lib/a.conf", make("etc/by-root")).expect("a link");
-        symlink("../../../../usr/lib", make("etc/by-parents")).expect("a link");
-        symlink("/etc/passwd", make("etc/away")).expect("a link");
-        symlink("circle", make("etc/circle")).expect("a link");
-        let root = Root::at(&folder);
-        assert_eq!(root.read("/etc/by-root").as_deref(), Some("a = 1\n"));
-        let path = "/etc/by-parents/a.conf";
-        assert_eq!(root.canonical(path), Some("/usr/lib/a.conf".into()));
-        assert_eq!(root.list("/etc/by-parents"), [Path::new(path)]);
-        for path in ["/etc/away", "/etc/circle", "/etc/none", "/usr/lib"] {
-            assert_eq!(root.read(path), None, "{path}");
-        }
-        fs::remove_dir_all(&folder).expect("removed");
-    }
 }

@@ -1,6 +1,7 @@
 //! The one reader of ip rules and routes, everybody's, by rtnetlink(7). Running `ip` would cost a process, and its output
 //! differs between versions.
 
+use std::fmt;
 use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result};
@@ -12,7 +13,7 @@ use nix::libc::{
 use nix::net::if_::if_indextoname;
 use nix::sys::socket::{AddressFamily, SockProtocol};
 
-use crate::kernel::netlink::{Socket, attribute, attributes, dump, ipv4, text, u16_at, u32_at};
+use crate::kernel::netlink::{Socket, attributes, dump, encode, ipv4, text, u16_at, u32_at};
 use crate::model::forward::PortRange;
 use crate::model::route::{
     FwMark, NOT, PROTOCOL, Route, RouteKind, RouteRule, RuleAction, TableId,
@@ -78,9 +79,9 @@ impl RoutingDump {
 pub fn leaves_by(source: Ipv4Addr, destination: Ipv4Addr, mark: u32) -> Option<String> {
     let comes_by = route_to(destination_request(source, &[])).ok().flatten()?;
     let selectors = [
-        attribute(RTA_SRC, &source.octets()),
-        attribute(RTA_IIF, &comes_by.to_ne_bytes()),
-        attribute(RTA_MARK, &mark.to_ne_bytes()),
+        encode(RTA_SRC, &source.octets()),
+        encode(RTA_IIF, &comes_by.to_ne_bytes()),
+        encode(RTA_MARK, &mark.to_ne_bytes()),
     ];
     let index = route_to(destination_request(destination, &selectors.concat()));
     let name = if_indextoname(index.ok().flatten()?).ok()?;
@@ -95,7 +96,7 @@ fn destination_request(destination: Ipv4Addr, selectors: &[u8]) -> Vec<u8> {
     if !selectors.is_empty() {
         body[2] = 32;
     }
-    body.extend(attribute(RTA_DST, &destination.octets()));
+    body.extend(encode(RTA_DST, &destination.octets()));
     body.extend(selectors);
     body
 }
@@ -140,16 +141,14 @@ fn routes(whose: Whose) -> Result<Vec<Route>> {
 }
 
 fn rule(body: &[u8]) -> Option<RouteRule> {
-    let (to, from, tos) = (*body.get(1)?, *body.get(2)?, *body.get(3)?);
-    let (table, action, flags) = (*body.get(4)?, *body.get(7)?, u32_at(body, 8)?);
+    let [_, to, from, tos, table, _, _, action, flags @ ..] = *body.first_chunk::<RULE>()?;
     let mut table = TableId(table.into());
     let mut rule = RouteRule {
         protocol: 0,
+        rest: self::tos(tos),
         ..RouteRule::new(0, table)
     };
     let mut mark = FwMark { value: 0, mask: 0 };
-    let mut rest = Rest::default();
-    rest.tos(tos);
     for (kind, value) in attributes(body, RULE) {
         match kind {
             FRA_PROTOCOL => rule.protocol = *value.first()?,
@@ -160,16 +159,16 @@ fn rule(body: &[u8]) -> Option<RouteRule> {
             FRA_FWMARK => mark.value = u32_at(value, 0)?,
             FRA_FWMASK => mark.mask = u32_at(value, 0)?,
             FRA_TABLE => table = TableId(u32_at(value, 0)?),
+            // All bits set: there is no such selector.
             FRA_SUPPRESS_PREFIXLEN => {
-                // All bits set: there is no such selector.
                 rule.suppress_prefixlength = Some(u32_at(value, 0)?).filter(|n| *n != u32::MAX);
             }
-            _ => rest.rule_attribute(kind, value)?,
+            _ => rule.rest.extend(selector(kind, value)?),
         }
     }
-    if flags & FIB_RULE_INVERT != 0 {
+    if u32::from_ne_bytes(flags) & FIB_RULE_INVERT != 0 {
         // A word without a value must be the last.
-        rest.0.push(NOT.into());
+        rule.rest.push(NOT.into());
     }
     rule.action = match action {
         FR_ACT_TO_TBL => RuleAction::Lookup(table),
@@ -179,19 +178,12 @@ fn rule(body: &[u8]) -> Option<RouteRule> {
         other => RuleAction::Other(other),
     };
     rule.fwmark = Some(mark).filter(|mark| mark.mask != 0);
-    rule.rest = rest.0;
     Some(rule)
 }
 
 fn route(body: &[u8]) -> Option<Route> {
-    let (length, tos) = (*body.get(1)?, *body.get(3)?);
-    let (table, protocol, kind) = (*body.get(4)?, *body.get(5)?, RouteKind(*body.get(7)?));
-    let flags = u32_at(body, 8)?;
-    let mut rest = Rest::default();
-    rest.tos(tos);
-    if kind.name().is_none() {
-        rest.unnamed("type", &[kind.0]);
-    }
+    let [_, length, _, tos, table, protocol, _, kind, flags @ ..] = *body.first_chunk::<ROUTE>()?;
+    let kind = RouteKind(kind);
     let mut route = Route {
         table: TableId(table.into()),
         metric: 0,
@@ -200,8 +192,11 @@ fn route(body: &[u8]) -> Option<Route> {
         gateway: None,
         dev: None,
         protocol,
-        rest: Vec::new(),
+        rest: self::tos(tos),
     };
+    if kind.name().is_none() {
+        route.rest.extend(unnamed("type", &[kind.0]));
+    }
     for (kind, value) in attributes(body, ROUTE) {
         match kind {
             RTA_TABLE => route.table = TableId(u32_at(value, 0)?),
@@ -213,15 +208,14 @@ fn route(body: &[u8]) -> Option<Route> {
                 route.dev = name.map(|name| text(name.as_bytes()));
             }
             RTA_GATEWAY => route.gateway = Some(ipv4(value)?),
-            RTA_PREFSRC => rest.named("src", ipv4(value)?.to_string()),
-            kind => rest.unnamed(&kind.to_string(), value),
+            RTA_PREFSRC => route.rest.extend(["src".into(), ipv4(value)?.to_string()]),
+            kind => route.rest.extend(unnamed(kind, value)),
         }
     }
-    if flags & RTNH_F_ONLINK != 0 {
+    if u32::from_ne_bytes(flags) & RTNH_F_ONLINK != 0 {
         // A word without a value must be the last.
-        rest.0.push("onlink".into());
+        route.rest.push("onlink".into());
     }
-    route.rest = rest.0;
     Some(route)
 }
 
@@ -229,49 +223,41 @@ fn prefix(value: &[u8], length: u8) -> Option<Ipv4Network> {
     Ipv4Network::new(ipv4(value)?, length).ok()
 }
 
-/// The attributes that our entries never have, as keys of `ip`, each followed by its value.
-#[derive(Default)]
-struct Rest(Vec<String>);
-
-impl Rest {
-    fn named(&mut self, key: &str, value: String) {
-        self.0.extend([key.to_owned(), value]);
-    }
-
-    /// `sport 5`, or `sport 80-90`
-    fn ports(&mut self, key: &str, value: &[u8]) -> Option<()> {
-        let (first, last) = (u16_at(value, 0)?, u16_at(value, 2)?);
-        self.named(key, PortRange { first, last }.to_string());
-        Some(())
-    }
-
-    fn rule_attribute(&mut self, kind: u16, value: &[u8]) -> Option<()> {
-        match kind {
-            FRA_OIFNAME => self.named("oif", text(value)),
-            FRA_GOTO => self.named("goto", u32_at(value, 0)?.to_string()),
-            FRA_UID_RANGE => {
-                let (first, last) = (u32_at(value, 0)?, u32_at(value, 4)?);
-                self.named("uidrange", format!("{first}-{last}"));
-            }
-            FRA_IP_PROTO => self.named("ipproto", value.first()?.to_string()),
-            FRA_SPORT_RANGE => self.ports("sport", value)?,
-            FRA_DPORT_RANGE => self.ports("dport", value)?,
-            _ => self.unnamed(&kind.to_string(), value),
+/// An attribute that our rules never have, as a key of `ip` and its value.
+fn selector(kind: u16, value: &[u8]) -> Option<[String; 2]> {
+    let (key, value) = match kind {
+        FRA_OIFNAME => ("oif", text(value)),
+        FRA_GOTO => ("goto", u32_at(value, 0)?.to_string()),
+        FRA_UID_RANGE => {
+            let (first, last) = (u32_at(value, 0)?, u32_at(value, 4)?);
+            ("uidrange", format!("{first}-{last}"))
         }
-        Some(())
-    }
+        FRA_IP_PROTO => ("ipproto", value.first()?.to_string()),
+        FRA_SPORT_RANGE => ("sport", ports(value)?),
+        FRA_DPORT_RANGE => ("dport", ports(value)?),
+        _ => return Some(unnamed(kind, value)),
+    };
+    Some([key.to_owned(), value])
+}
 
-    fn tos(&mut self, tos: u8) {
-        if tos != 0 {
-            self.named("tos", format!("{tos:#x}"));
-        }
-    }
+/// `5`, or `80-90`
+fn ports(value: &[u8]) -> Option<String> {
+    let (first, last) = (u16_at(value, 0)?, u16_at(value, 2)?);
+    Some(PortRange { first, last }.to_string())
+}
 
-    /// An attribute that is not parsed. It makes the entry differ from every desired one. `Display` leaves it out,
-    /// because of the `#`.
-    fn unnamed(&mut self, kind: &str, value: &[u8]) {
-        self.named(&format!("#{kind}"), format!("{value:02x?}"));
+/// Empty if it is 0, which is none.
+fn tos(tos: u8) -> Vec<String> {
+    match tos {
+        0 => Vec::new(),
+        tos => vec!["tos".to_owned(), format!("{tos:#x}")],
     }
+}
+
+/// An attribute that is not parsed. It makes the entry differ from every desired one. `Display` leaves it out,
+/// because of the `#`.
+fn unnamed(kind: impl fmt::Display, value: &[u8]) -> [String; 2] {
+    [format!("#{kind}"), format!("{value:02x?}")]
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use std::io::{ErrorKind, IsTerminal, Write, stderr};
 use std::os::unix::net::UnixDatagram;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use ::log::{Level, LevelFilter, Log, Metadata, Record};
@@ -69,14 +69,6 @@ impl LogFormat<&str> for Format {
     }
 }
 
-impl Sinks {
-    fn lock(&self) -> MutexGuard<'_, Option<Syslog>> {
-        self.syslog
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-}
-
 impl Log for Sinks {
     fn enabled(&self, metadata: &Metadata) -> bool {
         metadata.level() <= self.level
@@ -87,7 +79,7 @@ impl Log for Sinks {
             return;
         }
         let line = printable(&record.args().to_string());
-        let mut syslog = self.lock();
+        let mut syslog = self.syslog.lock().unwrap_or_else(PoisonError::into_inner);
         let write = |syslog: &mut Syslog| match record.level() {
             Level::Error => syslog.err(line.as_str()),
             Level::Warn => syslog.warning(line.as_str()),
