@@ -25,7 +25,7 @@ use mh_hook::kernel::tools::start_self;
 use mh_hook::model::link::check_local;
 use mh_hook::model::names::{IfName, UplinkName};
 use mh_hook::reconcile::event::{self, Direction, Event};
-use mh_hook::reconcile::request::Request;
+use mh_hook::reconcile::request::{Refused, Request};
 use mh_hook::reconcile::{Mode, Session, reconcile};
 use mh_hook::runtime::{lock, log as logger, output};
 
@@ -39,7 +39,10 @@ enum Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self::Kernel(error)
+        match error.is::<Refused>() {
+            true => Self::Usage(error),
+            false => Self::Kernel(error),
+        }
     }
 }
 

@@ -114,7 +114,7 @@ impl Tools {
             name if name.starts_with("xtables-nft-") => Backend::Nft,
             name if name.starts_with("xtables-legacy-") => Backend::Legacy,
             // A script in its place: `iptables-save v1.8.9 (nf_tables)`. Before 1.8 there was only one backend.
-            _ => match tools.versions()?.1.contains("(nf_tables)") {
+            _ => match tools.version(&tools.save)?.contains("(nf_tables)") {
                 true => Backend::Nft,
                 false => Backend::Legacy,
             },
@@ -154,11 +154,12 @@ impl Tools {
     /// The versions of `ip` and iptables-save, as they print them.
     /// Errors: one of them can't be run.
     pub fn versions(&self) -> Result<(String, String)> {
-        let version = |path: &Path| -> Result<String> {
-            let output = self.start(path, &["-V"])?.finish()?;
-            Ok(output.stdout.trim().to_owned())
-        };
-        Ok((version(&self.ip)?, version(&self.save)?))
+        Ok((self.version(&self.ip)?, self.version(&self.save)?))
+    }
+
+    fn version(&self, path: &Path) -> Result<String> {
+        let output = self.start(path, &["-V"])?.finish()?;
+        Ok(output.stdout.trim().to_owned())
     }
 
     /// The output of `nft list chains`. None if nft is not installed, or fails.

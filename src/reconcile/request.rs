@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use log::debug;
 
 use crate::config::{Config, Identity, Uplink};
-use crate::kernel::link::{Link, Links};
+use crate::kernel::link::Links;
 use crate::model::link::{LinkState, Troubles, UplinkLink, UplinkLinks, check_local};
 use crate::model::names::{IfName, UplinkName};
 use crate::model::state::State;
@@ -33,6 +33,18 @@ pub enum Request {
     /// Look at all interfaces.
     Sync,
 }
+
+/// What a person asks for that can't be: a usage error.
+#[derive(Debug)]
+pub struct Refused(String);
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
 
 impl fmt::Display for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -314,35 +326,39 @@ impl Request {
             }
             _ => return Ok(None),
         };
-        if link.addresses.is_empty() {
-            ensure!(
-                !by_hand,
-                "{interface} has no IPv4 address: is pppd done? see ip address show {interface}"
-            );
-            return Ok(None);
-        }
         let check = |address: &Ipv4Addr| {
-            let has = |(name, other): (&String, &Link)| {
-                name != interface.as_str() && other.addresses.contains(address)
+            let mut lans = config.lan.interfaces.iter();
+            let has = |lan: &IfName| {
+                let link = seen.links.get(lan.as_str());
+                link.is_some_and(|link| link.addresses.contains(address))
             };
             // An unnumbered link has the address of the router's LAN side (RFC 1812, 2.2.7).
-            let lan = match seen.links.iter().any(has) {
+            let networks = match lans.any(has) {
                 true => &[][..],
                 false => &config.lan.networks,
             };
-            check_local(*address, lan).with_context(|| interface.to_string())
+            check_local(*address, networks).with_context(|| interface.to_string())
         };
         let (addresses, refused): (Vec<Ipv4Addr>, Vec<Ipv4Addr>) =
             link.addresses.iter().partition(|it| check(it).is_ok());
-        if let Some(local) = self.local().filter(|_| by_hand) {
-            check(&local)?;
-            let all: Vec<String> = addresses.iter().map(ToString::to_string).collect();
-            ensure!(
-                addresses.contains(&local),
-                "{interface} does not have the address {local}, but {}",
-                all.join(", ")
-            );
+        if let Some(local) = self.local().filter(|_| by_hand)
+            && !addresses.contains(&local)
+        {
+            check(&local).map_err(|error| Refused(format!("{error:#}")))?;
+            let all: Vec<String> = link.addresses.iter().map(ToString::to_string).collect();
+            let all = if all.is_empty() {
+                "none"
+            } else {
+                &all.join(", ")
+            };
+            bail!(Refused(format!(
+                "{interface} does not have the address {local}, but {all}"
+            )));
         }
+        ensure!(
+            !by_hand || !link.addresses.is_empty(),
+            "{interface} has no IPv4 address: is pppd done? see ip address show {interface}"
+        );
         let Some(address) = self.address(&addresses, uplink, seen) else {
             return refused
                 .first()

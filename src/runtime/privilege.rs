@@ -11,9 +11,10 @@ use crate::kernel::tools::Backend;
 /// (`xtables_load_ko`, libxtables/xtables.c). No tool can gain others (prctl(2), `PR_SET_NO_NEW_PRIVS`).
 ///
 /// A failure is only logged: then whoever started us has dropped more already.
-pub fn drop_all_but_needed(backend: Backend) {
+/// `backend` is None while it is not known: then what either needs is kept.
+pub fn drop_all_but_needed(backend: Option<Backend>) {
     let mut kept = CapsHashSet::from_iter([Capability::CAP_NET_ADMIN, Capability::CAP_NET_RAW]);
-    if backend == Backend::Legacy {
+    if backend != Some(Backend::Nft) {
         kept.insert(Capability::CAP_SYS_MODULE);
     }
     // The bounding set first: changing it needs CAP_SETPCAP.

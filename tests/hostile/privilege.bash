@@ -90,7 +90,11 @@ WRAPPER
     while read -r name key value; do
         case $key in
             NoNewPrivs:) ((value == 1)) || fail "$name could gain capabilities" ;;
-            *) (((0x$value & ~0x$bits) == 0)) || fail "$name has more than it needs: $key $value, not within $bits" ;;
+            *)
+                # A script in its place is asked which backend it is, and might be the legacy one.
+                [[ $name != iptables-save ]] || value=$(printf '%x' $((0x$value & ~0x10000)))
+                (((0x$value & ~0x$bits) == 0)) || fail "$name has more than it needs: $key $value, not within $bits"
+                ;;
         esac
     done < <(sort -u "$LAB_DIR/noted")
 }
