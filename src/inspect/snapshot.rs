@@ -67,9 +67,9 @@ impl Snapshot {
             "must be root: the kernel's routing and iptables are to be read"
         );
         let root = Root::system();
-        drop_all_but_needed(None);
-        let tools = Tools::find(Instant::now() + LIMIT)?;
-        drop_all_but_needed(Some(tools.backend));
+        let mut tools = Tools::find(Instant::now() + LIMIT)?;
+        drop_all_but_needed(tools.known_backend());
+        tools.ask_backend()?;
         let mut kernel = Kernel::read(&tools, Whose::Everybodys, Counters::Shown)?;
         kernel.dialled = pppd::dialled(&root);
         Self::new(root, tools, kernel)

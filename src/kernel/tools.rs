@@ -24,6 +24,7 @@ pub struct Tools {
     root: Root,
     /// The backend that these iptables-save and iptables-restore use.
     pub backend: Backend,
+    is_script: bool,
     /// The command to show to a person: `iptables`, or `iptables-legacy` if that is the backend that is not in use.
     pub iptables: &'static str,
     deadline: Instant,
@@ -106,20 +107,32 @@ impl Tools {
             restore: find("iptables-restore", "iptables")?,
             root: root.clone(),
             backend: Backend::Nft,
+            is_script: false,
             iptables: "iptables",
             deadline,
         };
         let name = real_path.file_name().unwrap_or_default();
-        tools.backend = match name.to_string_lossy() {
-            name if name.starts_with("xtables-nft-") => Backend::Nft,
-            name if name.starts_with("xtables-legacy-") => Backend::Legacy,
-            // A script in its place: `iptables-save v1.8.9 (nf_tables)`. Before 1.8 there was only one backend.
-            _ => match tools.version(&tools.save)?.contains("(nf_tables)") {
-                true => Backend::Nft,
-                false => Backend::Legacy,
-            },
-        };
+        let name = name.to_string_lossy();
+        if name.starts_with("xtables-legacy-") {
+            tools.backend = Backend::Legacy;
+        }
+        tools.is_script = !name.starts_with("xtables-");
         Ok(tools)
+    }
+
+    /// The backend that these iptables-save and iptables-restore use, where their names tell.
+    pub fn known_backend(&self) -> Option<Backend> {
+        (!self.is_script).then_some(self.backend)
+    }
+
+    /// Asks iptables-save for its backend where its name does not tell: a script stands in its place.
+    /// Errors: it can't be run.
+    pub fn ask_backend(&mut self) -> Result<()> {
+        // `iptables-save v1.8.9 (nf_tables)`; before 1.8 there was only one backend.
+        if self.is_script && !self.version(&self.save)?.contains("(nf_tables)") {
+            self.backend = Backend::Legacy;
+        }
+        Ok(())
     }
 
     /// The same tools, with iptables-save and iptables-restore of the other backend. None if they are not installed.

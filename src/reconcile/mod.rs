@@ -76,10 +76,9 @@ impl Session {
     /// Errors: a tool is missing, or others hold the lock for too long.
     pub fn begin(mode: Mode) -> Result<Self> {
         let started = Instant::now();
-        // Finding out which backend is in use may run a tool.
-        drop_all_but_needed(None);
-        let tools = Tools::find(started + LIMIT)?;
-        drop_all_but_needed(Some(tools.backend));
+        let mut tools = Tools::find(started + LIMIT)?;
+        drop_all_but_needed(tools.known_backend());
+        tools.ask_backend()?;
         let lock = match mode {
             Mode::Apply => Some(Lock::take(started + LOCK_LIMIT)?),
             Mode::DryRun => None,

@@ -91,8 +91,8 @@ WRAPPER
         case $key in
             NoNewPrivs:) ((value == 1)) || fail "$name could gain capabilities" ;;
             *)
-                # A script in its place is asked which backend it is, and might be the legacy one.
-                [[ $name != iptables-save ]] || value=$(printf '%x' $((0x$value & ~0x10000)))
+                # Of a script in the place of iptables-save it is not known which backend it is until it is asked.
+                value=$(printf '%x' $((0x$value & ~0x10000)))
                 (((0x$value & ~0x$bits) == 0)) || fail "$name has more than it needs: $key $value, not within $bits"
                 ;;
         esac

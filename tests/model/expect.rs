@@ -63,7 +63,13 @@ pub fn expect(world: &World, call: &Call) -> Expected {
                 expected.status = 1;
                 desired(world, config, uplink, &[])
             }
-            Err(NotUsable) => return unchanged(1),
+            Err(NotUsable) => {
+                return unchanged(match call {
+                    // What a person says of the link is not so.
+                    Call::Up(interface, Some(_)) if is_up(world, interface) => 2,
+                    _ => 1,
+                });
+            }
         };
         let frees_pins = matches!(call, Call::Down(_));
         let is_up = matches!(addresses(world, call, uplink), Ok(found) if !found.is_empty());
@@ -140,6 +146,11 @@ fn addresses(world: &World, call: &Call, uplink: &Uplink) -> Result<Vec<Ipv4Addr
         Some(_) if usable.is_empty() => Err(NotUsable),
         _ => Ok(usable),
     }
+}
+
+fn is_up(world: &World, interface: &str) -> bool {
+    let link = world.links.get(interface);
+    link.is_some_and(|link| link.up)
 }
 
 /// The entries of an uplink whose link has these addresses, or none.
