@@ -79,7 +79,10 @@ pub struct Place {
     pub packets: Option<u64>,
 }
 
-fn as_text<S: Serializer>(it: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn as_text<S: Serializer>(
+    it: &impl fmt::Display,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
     serializer.collect_str(it)
 }
 
