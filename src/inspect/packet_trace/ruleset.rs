@@ -57,17 +57,17 @@ pub struct Match {
 /// An option of a match, with its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Selector {
-    Source(Ipv4Network),
-    Destination(Ipv4Network),
+    /// One of these, from the first to the last.
+    Address(Side, Ipv4Addr, Ipv4Addr),
+    AddressType(Side, Vec<String>),
+    Port(Side, Vec<PortRange>),
+    EitherPort(Vec<PortRange>),
     InInterface(String),
     OutInterface(String),
     /// None for a protocol that no forward can have.
     Protocol(Option<Protocol>),
     /// `-f`: a fragment other than the first.
     Fragment,
-    SourcePort(Vec<PortRange>),
-    DestinationPort(Vec<PortRange>),
-    EitherPort(Vec<PortRange>),
     /// Those of the flags in `mask` that are set are the ones in `set`.
     TcpFlags {
         mask: u8,
@@ -79,17 +79,19 @@ pub enum Selector {
     ConnectionMark(FwMark),
     State(Vec<String>),
     IsReply(bool),
-    OriginalSource(Ipv4Network),
-    OriginalDestination(Ipv4Network),
-    OriginalDestinationPort(Vec<PortRange>),
-    SourceType(Vec<String>),
-    DestinationType(Vec<String>),
-    SourceRange(Ipv4Addr, Ipv4Addr),
-    DestinationRange(Ipv4Addr, Ipv4Addr),
     /// Whether `--pkt-type` asks for packets to this host alone.
     IsUnicast(bool),
     /// Depends on more than the packet and its connection (`set`, `limit`), or is not known here.
     Unknown,
+}
+
+/// A side of the packet as it is now, or of the connection's first packet as it came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Source,
+    Destination,
+    OriginalSource,
+    OriginalDestination,
 }
 
 /// What a rule does with a packet.
@@ -117,13 +119,10 @@ pub enum Target {
     Masquerade,
     /// Translates the network's part of an address: of the destination, or after routing, of the source.
     NetMap(Ipv4Network),
-    /// Jumps to a user-defined chain (`-j`), or goes there without coming back (`-g`).
-    Chain {
-        /// The chain.
-        name: String,
-        /// Whether it is `-g`.
-        is_goto: bool,
-    },
+    /// Goes to a user-defined chain (`-j`), and comes back at its end.
+    Jump(String),
+    /// Goes to a user-defined chain (`-g`), at whose end this chain ends too.
+    Goto(String),
     /// A program accepts or drops the packet (`NFQUEUE`), or the target is not known here.
     Undecided,
 }
@@ -135,20 +134,12 @@ pub enum MarkAction {
     SetPacket(FwMark),
     /// Does so with the connection's mark.
     SetConnection(FwMark),
-    /// Copies the packet's mark to the connection (`--save-mark`).
-    Save {
-        /// The bits that are copied.
-        nfmask: u32,
-        /// The bits that are cleared before.
-        ctmask: u32,
-    },
-    /// Copies the connection's mark to the packet (`--restore-mark`).
-    Restore {
-        /// The bits that are cleared before.
-        nfmask: u32,
-        /// The bits that are copied.
-        ctmask: u32,
-    },
+    /// Copies the bits in `nfmask` of the packet's mark to the connection, where those in `ctmask` are cleared before:
+    /// `nfmask`, `ctmask` (`--save-mark`).
+    Save(u32, u32),
+    /// Copies the bits in `ctmask` of the connection's mark to the packet, where those in `nfmask` are cleared before:
+    /// `nfmask`, `ctmask` (`--restore-mark`).
+    Restore(u32, u32),
 }
 
 /// What a rule can do to a packet, at most.
@@ -217,7 +208,7 @@ fn chain_effect(chains: &Chains, name: &str, known: &mut BTreeMap<String, Effect
     let mut effect = Effect::None;
     for rule in chains.get(name).into_iter().flat_map(|chain| &chain.rules) {
         effect = effect.max(rule.target.own_effect());
-        if let Target::Chain { name, .. } = &rule.target {
+        if let Target::Jump(name) | Target::Goto(name) = &rule.target {
             effect = effect.max(chain_effect(chains, name, known));
         }
     }
@@ -232,10 +223,8 @@ impl TracedRule {
         let target = match rest {
             [flag, name, options @ ..] => {
                 parse_target(name, &Options(options)).unwrap_or_else(|| match is_chain(name) {
-                    true => Target::Chain {
-                        name: name.clone(),
-                        is_goto: flag == "-g",
-                    },
+                    true if flag == "-g" => Target::Goto(name.clone()),
+                    true => Target::Jump(name.clone()),
                     false => Target::Undecided,
                 })
             }
@@ -251,23 +240,20 @@ impl TracedRule {
 
     /// What the rule can do to a packet that it matches.
     pub fn effect(&self, chains: &Chains) -> Effect {
-        let chain = match &self.target {
-            Target::Chain { name, .. } => chains.get(name),
+        let below = match &self.target {
+            Target::Jump(name) | Target::Goto(name) => chains.get(name).map(|chain| chain.effect),
             _ => None,
         };
-        let below = chain.map_or(Effect::None, |chain| chain.effect);
-        self.target.own_effect().max(below)
+        self.target.own_effect().max(below.unwrap_or(Effect::None))
     }
 }
 
 impl Target {
     fn own_effect(&self) -> Effect {
         match self {
-            Self::Continue | Self::Chain { is_goto: false, .. } => Effect::None,
+            Self::Continue | Self::Jump(_) => Effect::None,
             Self::Stop => Effect::Stops,
-            Self::Chain { is_goto: true, .. } | Self::Accept | Self::Return | Self::Undecided => {
-                Effect::Passes
-            }
+            Self::Goto(_) | Self::Accept | Self::Return | Self::Undecided => Effect::Passes,
             _ => Effect::Changes,
         }
     }
@@ -327,25 +313,37 @@ const MODULES: &str =
 const BYSTANDERS: &str = "LOG NFLOG ULOG AUDIT TRACE TCPMSS TCPOPTSTRIP CHECKSUM CLASSIFY DSCP TOS TTL ECN SET CT SECMARK \
                           CONNSECMARK TEE RATEEST IDLETIMER LED ACCOUNT";
 
-fn is_listed(names: &str, name: &str) -> bool {
+pub(super) fn is_listed(names: &str, name: &str) -> bool {
     names.split(' ').any(|it| it == name)
 }
 
 /// An option with one value; none where it is not known here.
 fn selector(module: &str, option: &str, value: &str) -> Option<Selector> {
+    use Side::{Destination, OriginalDestination, OriginalSource, Source};
     let list = || value.split(',').map(str::to_owned).collect();
+    let network = |side| {
+        let network: Ipv4Network = value.parse().ok()?;
+        let (first, last) = (network.network(), network.broadcast());
+        Some(Selector::Address(side, first, last))
+    };
+    // `192.168.0.2-192.168.0.9`
+    let range = |side| {
+        let (first, last) = value.split_once('-').unwrap_or((value, value));
+        let (first, last) = (first.parse().ok()?, last.parse().ok()?);
+        Some(Selector::Address(side, first, last))
+    };
     Some(match (module, option) {
-        (_, "-s") => Selector::Source(value.parse().ok()?),
-        (_, "-d") => Selector::Destination(value.parse().ok()?),
+        (_, "-s") => network(Source)?,
+        (_, "-d") => network(Destination)?,
         (_, "-i") => Selector::InInterface(value.to_owned()),
         (_, "-o") => Selector::OutInterface(value.to_owned()),
         // Another name of /etc/protocols is another protocol.
-        (_, "-p") => Selector::Protocol(Protocol::parse_rule(value)),
+        (_, "-p") | ("conntrack", "--ctproto") => Selector::Protocol(Protocol::parse_rule(value)),
         ("tcp" | "udp" | "sctp" | "multiport", "--sport" | "--sports") => {
-            Selector::SourcePort(ports(value)?)
+            Selector::Port(Source, ports(value)?)
         }
         ("tcp" | "udp" | "sctp" | "multiport", "--dport" | "--dports") => {
-            Selector::DestinationPort(ports(value)?)
+            Selector::Port(Destination, ports(value)?)
         }
         ("multiport", "--ports") => Selector::EitherPort(ports(value)?),
         ("icmp", "--icmp-type") if value == "any" => Selector::IcmpType(None),
@@ -354,20 +352,13 @@ fn selector(module: &str, option: &str, value: &str) -> Option<Selector> {
         ("connmark", "--mark") => Selector::ConnectionMark(FwMark::parse(value)?),
         ("conntrack", "--ctstate") | ("state", "--state") => Selector::State(list()),
         ("conntrack", "--ctdir") => Selector::IsReply(value == "REPLY"),
-        ("conntrack", "--ctproto") => Selector::Protocol(Protocol::parse_rule(value)),
-        ("conntrack", "--ctorigsrc") => Selector::OriginalSource(value.parse().ok()?),
-        ("conntrack", "--ctorigdst") => Selector::OriginalDestination(value.parse().ok()?),
-        ("conntrack", "--ctorigdstport") => Selector::OriginalDestinationPort(ports(value)?),
-        ("addrtype", "--src-type") => Selector::SourceType(list()),
-        ("addrtype", "--dst-type") => Selector::DestinationType(list()),
-        ("iprange", "--src-range") => {
-            let (first, last) = range(value)?;
-            Selector::SourceRange(first, last)
-        }
-        ("iprange", "--dst-range") => {
-            let (first, last) = range(value)?;
-            Selector::DestinationRange(first, last)
-        }
+        ("conntrack", "--ctorigsrc") => network(OriginalSource)?,
+        ("conntrack", "--ctorigdst") => network(OriginalDestination)?,
+        ("conntrack", "--ctorigdstport") => Selector::Port(OriginalDestination, ports(value)?),
+        ("addrtype", "--src-type") => Selector::AddressType(Source, list()),
+        ("addrtype", "--dst-type") => Selector::AddressType(Destination, list()),
+        ("iprange", "--src-range") => range(Source)?,
+        ("iprange", "--dst-range") => range(Destination)?,
         ("pkttype", "--pkt-type") => Selector::IsUnicast(value == "unicast"),
         _ => return None,
     })
@@ -387,12 +378,6 @@ fn ports(list: &str) -> Option<Vec<PortRange>> {
         })
     });
     ranges.collect()
-}
-
-/// `192.168.0.2-192.168.0.9`
-fn range(text: &str) -> Option<(Ipv4Addr, Ipv4Addr)> {
-    let (first, last) = text.split_once('-').unwrap_or((text, text));
-    Some((first.parse().ok()?, last.parse().ok()?))
 }
 
 pub(super) const FIN: u8 = 1;
@@ -462,9 +447,9 @@ impl<'a> Options<'a> {
         };
         let (nfmask, ctmask) = (mask("--nfmask")?, mask("--ctmask")?);
         if self.has("--save-mark") {
-            Some(MarkAction::Save { nfmask, ctmask })
+            Some(MarkAction::Save(nfmask, ctmask))
         } else if self.has("--restore-mark") {
-            Some(MarkAction::Restore { nfmask, ctmask })
+            Some(MarkAction::Restore(nfmask, ctmask))
         } else {
             None
         }
@@ -517,10 +502,8 @@ impl MarkAction {
         match self {
             Self::SetPacket(mark) => (set(packet, mark), connection),
             Self::SetConnection(mark) => (packet, set(connection, mark)),
-            Self::Save { nfmask, ctmask } => (packet, connection & !ctmask ^ (packet & nfmask)),
-            Self::Restore { nfmask, ctmask } => {
-                (packet & !nfmask ^ (connection & ctmask), connection)
-            }
+            Self::Save(nfmask, ctmask) => (packet, connection & !ctmask ^ (packet & nfmask)),
+            Self::Restore(nfmask, ctmask) => (packet & !nfmask ^ (connection & ctmask), connection),
         }
     }
 
@@ -533,14 +516,8 @@ impl MarkAction {
         match self {
             Self::SetPacket(mark) => Self::SetPacket(set(mark)),
             Self::SetConnection(mark) => Self::SetConnection(set(mark)),
-            Self::Save { nfmask, ctmask } => Self::Save {
-                nfmask: nfmask & !bits,
-                ctmask: ctmask & !bits,
-            },
-            Self::Restore { nfmask, ctmask } => Self::Restore {
-                nfmask: nfmask & !bits,
-                ctmask: ctmask & !bits,
-            },
+            Self::Save(nfmask, ctmask) => Self::Save(nfmask & !bits, ctmask & !bits),
+            Self::Restore(nfmask, ctmask) => Self::Restore(nfmask & !bits, ctmask & !bits),
         }
     }
 }
@@ -548,17 +525,15 @@ impl MarkAction {
 /// `-j CONNMARK --set-xmark 0xa/0xff`
 impl fmt::Display for MarkAction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::SetPacket(mark) => write!(f, "-j MARK --set-xmark {mark}"),
-            Self::SetConnection(mark) => write!(f, "-j CONNMARK --set-xmark {mark}"),
-            Self::Save { nfmask, ctmask } => write!(
-                f,
-                "-j CONNMARK --save-mark --nfmask {nfmask:#x} --ctmask {ctmask:#x}"
-            ),
-            Self::Restore { nfmask, ctmask } => write!(
-                f,
-                "-j CONNMARK --restore-mark --nfmask {nfmask:#x} --ctmask {ctmask:#x}"
-            ),
-        }
+        let (option, nfmask, ctmask) = match self {
+            Self::SetPacket(mark) => return write!(f, "-j MARK --set-xmark {mark}"),
+            Self::SetConnection(mark) => return write!(f, "-j CONNMARK --set-xmark {mark}"),
+            Self::Save(nfmask, ctmask) => ("--save-mark", nfmask, ctmask),
+            Self::Restore(nfmask, ctmask) => ("--restore-mark", nfmask, ctmask),
+        };
+        write!(
+            f,
+            "-j CONNMARK {option} --nfmask {nfmask:#x} --ctmask {ctmask:#x}"
+        )
     }
 }
