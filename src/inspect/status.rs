@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
-use std::time::Duration;
 
 use anyhow::Result;
 use serde::Serialize;
@@ -16,8 +15,7 @@ use crate::kernel::conntrack::Flow;
 use crate::kernel::iptables_save::{Counter, Ruleset};
 use crate::model::forward::Forward;
 use crate::model::link::UplinkLink;
-use crate::model::names::IfName;
-use crate::model::names::UplinkName;
+use crate::model::names::{IfName, UplinkName};
 use crate::model::netfilter::Rule;
 use crate::model::route::FwMark;
 use crate::model::state::State;
@@ -117,33 +115,22 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
         ..
     } = snapshot.compare(config)?;
     let (parts, orphans) = parts(config, &owners, &installed, &links);
-    let mut uplinks = Vec::new();
-    for (of, part) in &parts {
-        let uplink = &config.uplinks[of];
-        if name.is_none_or(|name| name == of) {
+    let unlisted = unlisted(Some(config), &snapshot.kernel.ruleset);
+    let asked = parts
+        .iter()
+        .filter(|(of, _)| name.is_none_or(|name| name == *of));
+    let uplinks: Vec<UplinkStatus> = asked
+        .map(|(of, part)| {
             let link = links.get(of).and_then(Option::as_ref);
-            let age = link.and_then(|link| {
-                let there = snapshot.kernel.links.get(link.interface.as_str())?;
-                there.age(link.address)
-            });
-            uplinks.push(uplink_status(
-                snapshot,
-                of,
-                uplink,
-                link,
-                age,
-                part,
-                owners.interface_of(of, &installed),
-            ));
-        }
-    }
+            let named = owners.interface_of(of, &installed);
+            let mut uplink = uplink_status(snapshot, (of, &config.uplinks[of]), link, part, named);
+            uplink.in_step &= unlisted.is_none();
+            uplink
+        })
+        .collect();
     let orphans = name
         .is_none()
         .then(|| Drift::commands(&diff(&orphans, &State::default())).extra);
-    let unlisted = unlisted(Some(config), &snapshot.kernel.ruleset);
-    for uplink in &mut uplinks {
-        uplink.in_step &= unlisted.is_none();
-    }
     let well = uplinks.iter().all(|uplink| uplink.in_step) && unlisted.is_none();
     Ok(Status {
         in_step: well && orphans.as_ref().is_none_or(Vec::is_empty),
@@ -156,10 +143,8 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
 
 fn uplink_status(
     snapshot: &Snapshot,
-    name: &UplinkName,
-    uplink: &Uplink,
+    (name, uplink): (&UplinkName, &Uplink),
     link: Option<&UplinkLink>,
-    age: Option<Duration>,
     part: &Part,
     named: Option<IfName>,
 ) -> UplinkStatus {
@@ -170,6 +155,8 @@ fn uplink_status(
     let found = interface
         .as_ref()
         .map(|interface| snapshot.kernel.links.get(interface.as_str()));
+    let age = link.zip(found.flatten());
+    let age = age.and_then(|(link, found)| found.age(link.address));
     let state = match (link, found) {
         (Some(_), _) => LinkState::Up,
         (None, Some(None)) => LinkState::Missing,
@@ -190,10 +177,9 @@ fn uplink_status(
         up_seconds: age.map(|age| age.as_secs()),
         table: uplink.routing.as_ref().map(|routing| routing.table.0),
         mark: mark.map(|mark| mark.value),
-        marked: mark.zip(flows).map(|(mark, flows)| {
-            let marked = flows.iter().filter(|flow| mark.matches(flow.mark));
-            marked.count()
-        }),
+        marked: mark
+            .zip(flows)
+            .map(|(mark, flows)| flows.iter().filter(|flow| mark.matches(flow.mark)).count()),
         in_step: steps.is_empty(),
         extra,
         missing,
@@ -214,12 +200,10 @@ fn forwards(
     let tracked = snapshot.flows.as_deref().zip(address);
     // As in the chain, the first forward that takes a connection has it.
     let mut open: BTreeMap<usize, Vec<&Flow>> = BTreeMap::new();
-    for (flow, address) in tracked
-        .iter()
-        .flat_map(|(flows, address)| flows.iter().map(move |flow| (flow, *address)))
-    {
+    for flow in snapshot.flows.iter().flatten() {
         let mut forwards = uplink.forwards.iter();
-        if let Some(index) = forwards.position(|forward| made(forward, address, flow)) {
+        let is_of = |forward: &Forward| address.is_some_and(|address| made(forward, address, flow));
+        if let Some(index) = forwards.position(is_of) {
             open.entry(index).or_default().push(flow);
         }
     }
@@ -271,7 +255,10 @@ impl Report for Status {
         if self.uplinks.is_empty() && self.in_step {
             return "no uplinks are configured, and no entries of ours are installed\n".to_owned();
         }
-        let mut text = self.uplinks_text(style) + &self.forwards_text(style);
+        let (mut text, forwards) = (self.uplinks_text(style), self.forwards_text(style));
+        if !forwards.is_empty() {
+            text += &format!("\n{forwards}");
+        }
         for uplink in &self.uplinks {
             let name = &uplink.name;
             for (what, lines) in [("extra", &uplink.extra), ("missing", &uplink.missing)] {
@@ -295,16 +282,13 @@ impl Report for Status {
 
 impl Status {
     fn uplinks_text(&self, style: Style) -> String {
-        let titles = [
-            "uplink", "link", "address", "up for", "table", "mark", "marked", "state",
-        ];
-        let mut rows = vec![titles.map(|title| style.paint(Tone::Strong, title)).into()];
-        rows.extend(self.uplinks.iter().map(|uplink| {
+        let titles = "uplink|link|address|up for|table|mark|marked|state";
+        let rows = self.uplinks.iter().map(|uplink| {
             let mark = uplink.mark.map(|value| FwMark {
                 value,
                 mask: self.mask,
             });
-            vec![
+            [
                 uplink.name.clone(),
                 cell(uplink.interface.as_ref()),
                 cell(uplink.address),
@@ -314,43 +298,29 @@ impl Status {
                 cell(uplink.marked),
                 uplink.state(style),
             ]
-        }));
-        if self.uplinks.is_empty() {
-            return String::new();
-        }
-        align(&rows)
+        });
+        table(style, titles, rows)
     }
 
     fn forwards_text(&self, style: Style) -> String {
-        let titles = [
-            "uplink",
-            "forward",
-            "from",
-            "to",
-            "connections",
-            "bytes",
-            "open",
-            "open bytes",
-        ];
-        let mut rows = vec![titles.map(|title| style.paint(Tone::Strong, title)).into()];
-        for uplink in &self.uplinks {
-            rows.extend(uplink.forwards.iter().map(|forward| {
-                vec![
-                    uplink.name.clone(),
-                    forward.service.clone(),
-                    cell((!forward.from.is_empty()).then(|| forward.from.join(","))),
-                    forward.to.clone(),
-                    cell(forward.connections),
-                    cell(forward.bytes),
-                    cell(forward.open),
-                    cell(forward.open_bytes),
-                ]
-            }));
-        }
-        if rows.len() == 1 {
-            return String::new();
-        }
-        format!("\n{}", align(&rows))
+        let titles = "uplink|forward|from|to|connections|bytes|open|open bytes";
+        let forwards = self.uplinks.iter().flat_map(|uplink| {
+            let forwards = uplink.forwards.iter();
+            forwards.map(|forward| (uplink.name.clone(), forward))
+        });
+        let rows = forwards.map(|(uplink, forward)| {
+            [
+                uplink,
+                forward.service.clone(),
+                cell((!forward.from.is_empty()).then(|| forward.from.join(","))),
+                forward.to.clone(),
+                cell(forward.connections),
+                cell(forward.bytes),
+                cell(forward.open),
+                cell(forward.open_bytes),
+            ]
+        });
+        table(style, titles, rows)
     }
 }
 
@@ -377,6 +347,18 @@ impl UplinkStatus {
             (missing, extra) => format!("drifted: {missing} missing, {extra} extra"),
         };
         style.paint(Tone::Bad, &text)
+    }
+}
+
+/// Rows below their titles; nothing without rows.
+fn table(style: Style, titles: &str, rows: impl Iterator<Item = [String; 8]>) -> String {
+    let titles = titles.split('|').map(|it| style.paint(Tone::Strong, it));
+    let mut lines = vec![titles.collect()];
+    lines.extend(rows.map(Vec::from));
+    if lines.len() > 1 {
+        align(&lines)
+    } else {
+        String::new()
     }
 }
 
