@@ -170,12 +170,10 @@ impl<'a> Trace<'a> {
             None => ", which is no uplink's".to_owned(),
         };
         self.hop("in", format!("by {interface}{owner}"), None);
-        let mut packet = self.begin(interface, address);
-        let way = self.come_in(&mut packet, None)?;
+        let (packet, way) = self.request(interface, address)?;
         if way.is_local {
             return self.own_service(packet);
         }
-        self.pass_through(&way, &mut packet)?;
         let tuple = packet.header.tuple()?;
         let server = host(tuple);
         let dev = &way.dev;
@@ -223,24 +221,23 @@ impl<'a> Trace<'a> {
     fn by_lan_host(&mut self, destination: Ipv4Addr) -> Result<String> {
         self.asked = Some(destination);
         let client = self.question.source;
-        let interface = match self.snapshot.route_get(&client.to_string())? {
-            Ok(way) if self.leads_to_lan(&way) => way.dev,
+        let why = match self.snapshot.route_get(&client.to_string())? {
+            Ok(way) if self.leads_to_lan(&way) => return self.from_lan(&way.dev, destination),
             Ok(RouteLookup { dev, .. }) => {
-                let why = format!("{client} is not on the LAN: this router reaches it by {dev}");
-                return fail(why, []);
+                format!("{client} is not on the LAN: this router reaches it by {dev}")
             }
-            Err(words) => {
-                let why = format!("this router has no route to {client}: {words}");
-                return fail(why, []);
-            }
+            Err(words) => format!("this router has no route to {client}: {words}"),
         };
+        fail(why, [])
+    }
+
+    fn from_lan(&mut self, interface: &str, destination: Ipv4Addr) -> Result<String> {
+        let client = self.question.source;
         self.hop("in", format!("by {interface} from {client}"), None);
-        let mut packet = self.begin(&interface, destination);
-        let way = self.come_in(&mut packet, None)?;
+        let (packet, way) = self.request(interface, destination)?;
         if way.is_local {
             return self.own_service(packet);
         }
-        self.pass_through(&way, &mut packet)?;
         let tuple = packet.header.tuple()?;
         let source = tuple.source;
         let (dev, server) = (&way.dev, host(tuple));
@@ -255,7 +252,7 @@ impl<'a> Trace<'a> {
         self.hop("out", format!("by {dev} to {server}{as_whom}"), None);
         if self.leads_to_lan(&way) {
             self.neighbour(&way, tuple.destination)?;
-            if *dev == interface && is_dnat && !is_snat {
+            if dev == interface && is_dnat && !is_snat {
                 let server = tuple.destination;
                 let why = format!(
                     "{server} answers {client} directly, with a source that {client} did not ask"
@@ -309,8 +306,8 @@ impl<'a> Trace<'a> {
         self.leave(&back, &reply)
     }
 
-    /// The first packet, as it comes in by an interface.
-    fn begin(&mut self, interface: &str, destination: Ipv4Addr) -> Packet {
+    /// The first packet, from the interface that it comes in by until it leaves or is for the router itself.
+    fn request(&mut self, interface: &str, destination: Ipv4Addr) -> Result<(Packet, RouteLookup)> {
         let port = self.question.service.port;
         self.interface = interface.to_owned();
         self.asked = Some(destination);
@@ -320,11 +317,16 @@ impl<'a> Trace<'a> {
             source_port: port.map(|_| CLIENT_PORT),
             destination_port: port,
         };
-        Packet {
+        let mut packet = Packet {
             iif: Some(interface.to_owned()),
             header: self.connection.original,
             ..Packet::default()
+        };
+        let way = self.come_in(&mut packet, None)?;
+        if !way.is_local {
+            self.pass_through(&way, &mut packet)?;
         }
+        Ok((packet, way))
     }
 
     /// PREROUTING and the routing decision. Before that, conntrack translates the destination of a packet that is not the

@@ -16,10 +16,7 @@ use std::slice;
 use serde::{Serialize, Serializer};
 
 pub use self::packet::{Connection, Header, Packet, Position};
-use self::ruleset::{
-    ACK, Chains, FIN, Match, PSH, SYN, Selector, Side, Target, TracedChain, TracedRule, URG,
-    is_listed,
-};
+use self::ruleset::{Chains, Match, Selector, Side, Target, TracedChain, TracedRule, is_listed};
 pub use self::ruleset::{Effect, MarkAction, TracedRuleset};
 use crate::kernel::link::Links;
 use crate::kernel::tools::Backend;
@@ -526,17 +523,19 @@ impl Evaluation<'_> {
             Selector::Protocol(protocol) => connection.protocol.map(|it| Some(it) == *protocol),
             // Neither connections nor forwards have to do with fragments: conntrack puts packets together.
             Selector::Fragment => Some(false),
-            Selector::TcpFlags { mask, set } => {
+            Selector::TcpFlags(asked, set) => {
                 connection.protocol?;
                 let (flags, unknown) = match packet.position {
-                    Position::First => (SYN, 0),
-                    Position::Reply => (SYN | ACK, 0),
-                    Position::Later => (ACK, FIN | PSH | URG),
+                    Position::First => ("SYN", ""),
+                    Position::Reply => ("SYN ACK", ""),
+                    Position::Later => ("ACK", "FIN PSH URG"),
                 };
-                if (flags ^ set) & mask & !unknown != 0 {
+                let mut known = asked.iter().filter(|flag| !is_listed(unknown, flag));
+                if known.any(|flag| is_listed(flags, flag) != set.contains(flag)) {
                     return Some(false);
                 }
-                (mask & unknown == 0).then_some(true)
+                let is_known = !asked.iter().any(|flag| is_listed(unknown, flag));
+                is_known.then_some(true)
             }
             // An echo and its reply.
             Selector::IcmpType(kind) => {

@@ -68,11 +68,8 @@ pub enum Selector {
     Protocol(Option<Protocol>),
     /// `-f`: a fragment other than the first.
     Fragment,
-    /// Those of the flags in `mask` that are set are the ones in `set`.
-    TcpFlags {
-        mask: u8,
-        set: u8,
-    },
+    /// Those of the first flags that are set are the second ones.
+    TcpFlags(Vec<&'static str>, Vec<&'static str>),
     /// None for any type.
     IcmpType(Option<u8>),
     Mark(FwMark),
@@ -169,7 +166,6 @@ impl TracedRuleset {
 }
 
 fn trace_chains(chains: &BTreeMap<String, iptables_save::Chain>) -> Chains {
-    let is_chain = |name: &str| chains.contains_key(name);
     let traced = chains.iter().map(|(name, chain)| {
         let rules = chain.rules.iter().zip(&chain.counters);
         let traced = TracedChain {
@@ -179,54 +175,43 @@ fn trace_chains(chains: &BTreeMap<String, iptables_save::Chain>) -> Chains {
                 .as_ref()
                 .map(|policy| format!("policy {policy}").into()),
             rules: rules
-                .map(|(rule, counter)| TracedRule::new(rule, counter.packets, &is_chain))
+                .map(|(rule, counter)| TracedRule::new(rule, counter.packets, chains))
                 .collect(),
             effect: Effect::None,
         };
         (name.clone(), traced)
     });
     let mut traced: Chains = traced.collect();
-    let mut effects = BTreeMap::new();
-    for name in chains.keys() {
-        chain_effect(&traced, name, &mut effects);
-    }
-    for (name, effect) in effects {
-        if let Some(chain) = traced.get_mut(&name) {
+    // A chain's effect is known once those of the chains that it goes to are.
+    loop {
+        let effects = traced.values().map(|chain| {
+            let rules = chain.rules.iter().map(|rule| rule.effect(&traced));
+            rules.max().unwrap_or(Effect::None)
+        });
+        let effects: Vec<Effect> = effects.collect();
+        let mut has_changed = false;
+        for (chain, effect) in traced.values_mut().zip(effects) {
+            has_changed |= chain.effect != effect;
             chain.effect = effect;
         }
-    }
-    traced
-}
-
-/// The largest effect that a rule of the chain can have. `known` holds the effects found so far.
-fn chain_effect(chains: &Chains, name: &str, known: &mut BTreeMap<String, Effect>) -> Effect {
-    if let Some(effect) = known.get(name) {
-        return *effect;
-    }
-    // The kernel refuses chains that jump in a circle; this ends on one all the same.
-    known.insert(name.to_owned(), Effect::None);
-    let mut effect = Effect::None;
-    for rule in chains.get(name).into_iter().flat_map(|chain| &chain.rules) {
-        effect = effect.max(rule.target.own_effect());
-        if let Target::Jump(name) | Target::Goto(name) = &rule.target {
-            effect = effect.max(chain_effect(chains, name, known));
+        if !has_changed {
+            return traced;
         }
     }
-    known.insert(name.to_owned(), effect);
-    effect
 }
 
 impl TracedRule {
-    fn new(rule: &Rule, packets: u64, is_chain: &dyn Fn(&str) -> bool) -> Self {
+    fn new(rule: &Rule, packets: u64, chains: &BTreeMap<String, iptables_save::Chain>) -> Self {
         let words = rule.words();
         let (matches, rest) = parse_matches(&words);
         let target = match rest {
             [flag, name, options @ ..] => {
-                parse_target(name, &Options(options)).unwrap_or_else(|| match is_chain(name) {
-                    true if flag == "-g" => Target::Goto(name.clone()),
-                    true => Target::Jump(name.clone()),
-                    false => Target::Undecided,
-                })
+                let chain = || match (chains.contains_key(name), &flag[..]) {
+                    (false, _) => Target::Undecided,
+                    (true, "-g") => Target::Goto(name.clone()),
+                    (true, _) => Target::Jump(name.clone()),
+                };
+                parse_target(name, &Options(options)).unwrap_or_else(chain)
             }
             _ => Target::Continue,
         };
@@ -240,20 +225,13 @@ impl TracedRule {
 
     /// What the rule can do to a packet that it matches.
     pub fn effect(&self, chains: &Chains) -> Effect {
-        let below = match &self.target {
-            Target::Jump(name) | Target::Goto(name) => chains.get(name).map(|chain| chain.effect),
-            _ => None,
-        };
-        self.target.own_effect().max(below.unwrap_or(Effect::None))
-    }
-}
-
-impl Target {
-    fn own_effect(&self) -> Effect {
-        match self {
-            Self::Continue | Self::Jump(_) => Effect::None,
-            Self::Stop => Effect::Stops,
-            Self::Goto(_) | Self::Accept | Self::Return | Self::Undecided => Effect::Passes,
+        let effect_of = |name| chains.get(name).map_or(Effect::None, |chain| chain.effect);
+        match &self.target {
+            Target::Continue => Effect::None,
+            Target::Jump(name) => effect_of(name),
+            Target::Goto(name) => effect_of(name).max(Effect::Passes),
+            Target::Stop => Effect::Stops,
+            Target::Accept | Target::Return | Target::Undecided => Effect::Passes,
             _ => Effect::Changes,
         }
     }
@@ -284,8 +262,8 @@ fn parse_matches(words: &[String]) -> (Vec<Match>, &[String]) {
             "-f" => (Some(Selector::Fragment), 1),
             "--tcp-flags" => {
                 let set = values.get(1).map_or("", String::as_str);
-                let (mask, set) = (tcp_flags(value), tcp_flags(set));
-                (Some(Selector::TcpFlags { mask, set }), 3)
+                let flags = Selector::TcpFlags(tcp_flags(value), tcp_flags(set));
+                (Some(flags), 3)
             }
             option if option.starts_with('-') => match selector(module, option, value) {
                 Some(selector) => (Some(selector), 2),
@@ -380,26 +358,11 @@ fn ports(list: &str) -> Option<Vec<PortRange>> {
     ranges.collect()
 }
 
-pub(super) const FIN: u8 = 1;
-pub(super) const SYN: u8 = 2;
-const RST: u8 = 4;
-pub(super) const PSH: u8 = 8;
-pub(super) const ACK: u8 = 16;
-pub(super) const URG: u8 = 32;
-
 /// `FIN,SYN,RST,ACK`, `ALL`, `NONE`
-fn tcp_flags(list: &str) -> u8 {
-    let flag = |name| match name {
-        "FIN" => FIN,
-        "SYN" => SYN,
-        "RST" => RST,
-        "PSH" => PSH,
-        "ACK" => ACK,
-        "URG" => URG,
-        "ALL" => FIN | SYN | RST | PSH | ACK | URG,
-        _ => 0,
-    };
-    list.split(',').map(flag).fold(0, |all, flag| all | flag)
+fn tcp_flags(list: &str) -> Vec<&'static str> {
+    let mut flags = vec!["FIN", "SYN", "RST", "PSH", "ACK", "URG"];
+    flags.retain(|flag| list == "ALL" || list.split(',').any(|it| it == *flag));
+    flags
 }
 
 /// The words after a target.
