@@ -372,10 +372,7 @@ fn commands(text: &mut String, style: Style, heading: &str, commands: &[String])
         return;
     }
     let heading = style.paint(Tone::Bad, &format!("# {heading}"));
-    *text += &format!("\n{heading}\n");
-    for command in commands {
-        *text += &format!("{command}\n");
-    }
+    *text += &format!("\n{heading}\n{}\n", commands.join("\n"));
 }
 
 /// `3 d 4 h`, `4 h 5 min`, `12 min`, `45 s`

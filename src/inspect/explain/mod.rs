@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::config::Config;
 use crate::inspect::explain::trace::{Failure, Trace};
-use crate::inspect::packet_trace::{Alternatives, Doubt, Place, as_text};
+use crate::inspect::packet_trace::{Alternatives, Doubt, Passage, Place, as_text};
 use crate::inspect::report::{Report, Style, Tone, align};
 use crate::inspect::snapshot::Snapshot;
 use crate::model::forward::{Asked, Forward, Protocol};
@@ -258,12 +258,13 @@ pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Res
     let end = trace.run()?;
     let mut caveats = trace.caveats;
     let mut is_sure = true;
+    let doubts = |passages: Vec<Passage>| passages.into_iter().flat_map(|it| it.doubts).collect();
     let mut alternatives = Alternatives::default();
-    alternatives.add(&[], trace.doubts);
+    alternatives.add(&[], doubts(trace.passages));
     while let Some(assumed) = alternatives.pop() {
         let mut other = begin(&assumed);
         let other_end = other.run()?;
-        alternatives.add(&assumed, other.doubts);
+        alternatives.add(&assumed, doubts(other.passages));
         if other_end.is_ok() != end.is_ok() {
             is_sure = false;
             let doubts: Vec<String> = assumed.iter().map(Doubt::to_string).collect();

@@ -94,7 +94,7 @@ impl Trace<'_> {
 
     /// The rule that took our mark off, if the mark was there before.
     fn mark_removal(&self, of_connection: bool, ours: FwMark) -> Option<&Place> {
-        let changes = self.marks.iter();
+        let changes = self.passages.iter().flat_map(|passage| &passage.marks);
         let mut changes = changes.filter(|change| change.of_connection == of_connection);
         let had_mark = changes.clone().any(|change| ours.matches(change.mark));
         let last = changes.next_back().filter(|_| had_mark)?;
@@ -213,7 +213,8 @@ impl Trace<'_> {
     /// Why no forward took the request.
     pub fn no_forward(&self) -> Failure {
         let (source, service) = (self.question.source, self.question.service);
-        if let Some(place) = &self.untracked {
+        let mut passages = self.passages.iter().rev();
+        if let Some(place) = passages.find_map(|passage| passage.untracked.as_ref()) {
             return Failure::new(
                 format!("{place} keeps the connection from all forwards"),
                 [place.deletion()],

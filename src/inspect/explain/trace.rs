@@ -10,8 +10,7 @@ use ipnetwork::Ipv4Network;
 use crate::config::{Config, Uplink};
 use crate::inspect::explain::{Aim, Direction, Hop, Question};
 use crate::inspect::packet_trace::{
-    Connection, Context, Doubt, Header, Hook, MarkChange, Packet, Passage, Place, Position,
-    is_interface,
+    Connection, Context, Doubt, Header, Hook, Packet, Passage, Place, Position, is_interface,
 };
 use crate::inspect::snapshot::{Comparison, Snapshot};
 use crate::kernel::conntrack::Tuple;
@@ -71,11 +70,8 @@ pub struct Trace<'a> {
     pub direction: Direction,
     /// What happened, in order.
     pub hops: Vec<Hop>,
-    pub marks: Vec<MarkChange>,
-    /// The rule that exempts the connection from tracking.
-    pub untracked: Option<Place>,
-    /// What may happen instead.
-    pub doubts: Vec<Doubt>,
+    /// What iptables did, in order.
+    pub passages: Vec<Passage>,
     /// What may be different for some packets.
     pub caveats: Vec<String>,
 }
@@ -107,9 +103,7 @@ impl<'a> Trace<'a> {
             asked: None,
             direction: Direction::There,
             hops: Vec::new(),
-            marks: Vec::new(),
-            untracked: None,
-            doubts: Vec::new(),
+            passages: Vec::new(),
             caveats: Vec::new(),
         }
     }
@@ -390,38 +384,29 @@ impl<'a> Trace<'a> {
 
     /// Sends a packet through iptables at a hook, and reports what happens there.
     fn pass(&mut self, hook: Hook, packet: &mut Packet) -> Result<()> {
-        let Passage {
-            stopped,
-            accepted,
-            nat,
-            untracked,
-            marks,
-            doubts,
-        } = self.context.pass(hook, packet, &mut self.connection);
-        self.doubts.extend(doubts);
-        for change in marks {
+        let passage = self.context.pass(hook, packet, &mut self.connection);
+        self.passages.push(passage.clone());
+        for change in passage.marks {
             let of = if change.of_connection {
                 "connection"
             } else {
                 "packet"
             };
             let what = format!("{of} mark {:#x}", change.mark);
-            self.hop("mark", what, Some(change.place.clone()));
-            self.marks.push(change);
+            self.hop("mark", what, Some(change.place));
         }
-        if untracked.is_some() {
+        if passage.untracked.is_some() {
             let what = "not tracked, so not translated";
-            self.hop("nat", what, untracked.clone());
-            self.untracked = untracked;
+            self.hop("nat", what, passage.untracked);
         }
-        if nat.is_some() {
+        if passage.nat.is_some() {
             let what = match hook {
                 Hook::Postrouting | Hook::Input => "source translated",
                 _ => "destination translated",
             };
-            self.hop("nat", what, nat);
+            self.hop("nat", what, passage.nat);
         }
-        if let Some(place) = stopped {
+        if let Some(place) = passage.stopped {
             let what = format!("stopped in {}", hook.chain());
             self.hop("filter", what, Some(place.clone()));
             let whose = match self.direction {
@@ -432,7 +417,8 @@ impl<'a> Trace<'a> {
             let fixes = self.fix_filter(hook, &place);
             return fail(format!("the {whose} is stopped by {place}"), fixes);
         }
-        if let Some(place) = accepted.into_iter().rfind(|it| it.table == "filter") {
+        let mut accepted = passage.accepted.into_iter();
+        if let Some(place) = accepted.rfind(|it| it.table == "filter") {
             self.hop("filter", format!("passes {}", hook.chain()), Some(place));
         }
         Ok(())
@@ -490,7 +476,12 @@ impl<'a> Trace<'a> {
         let tuple = packet.header.tuple()?;
         let has =
             |network: Option<Ipv4Network>, address| network.is_none_or(|it| it.contains(address));
-        let is_on_link = self.is_on_link(tuple.destination);
+        // By a route of the main table other than a default route.
+        let mut routes = self.snapshot.kernel.routing.routes.iter();
+        let is_on_link = routes.any(|route| {
+            let is_main = route.table == TableId::MAIN && !route.is_default();
+            is_main && route.destination.contains(tuple.destination)
+        });
         let mut rules = self.snapshot.kernel.routing.rules.iter();
         Ok(rules.find(|rule| {
             rule.table() == Some(table_of(way))
@@ -501,15 +492,6 @@ impl<'a> Trace<'a> {
                 && rule.rest.is_empty()
                 && (rule.suppress_prefixlength.is_none() || is_on_link)
         }))
-    }
-
-    /// Whether a route of the main table other than a default route leads to the address.
-    fn is_on_link(&self, address: Ipv4Addr) -> bool {
-        let mut routes = self.snapshot.kernel.routing.routes.iter();
-        routes.any(|route| {
-            let is_main = route.table == TableId::MAIN && !route.is_default();
-            is_main && route.destination.contains(address)
-        })
     }
 
     /// Whether a route leads to one of the LAN's interfaces, or to a host on another link that is no uplink's: `[lan]` need

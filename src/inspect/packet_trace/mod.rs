@@ -108,12 +108,11 @@ impl fmt::Display for Place {
     }
 }
 
-/// A change of a mark.
+/// A change of a mark by a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct MarkChange {
-    /// The rule that makes the change.
     pub place: Place,
-    /// What the rule does.
     pub action: MarkAction,
     /// Whether the connection's mark changes; otherwise, the packet's.
     pub of_connection: bool,
@@ -128,7 +127,7 @@ pub struct MarkChange {
 pub struct Doubt {
     /// The rule.
     pub place: Place,
-    /// What may happen at the rule.
+    /// What may happen there.
     pub event: Event,
     /// What that can do to the packet, at most.
     pub effect: Effect,
@@ -391,35 +390,39 @@ impl Evaluation<'_> {
 
     /// Carries out the target of a rule that matches; none where the next rule follows.
     fn target(&mut self, rule: &TracedRule, place: Place, depth: usize) -> Option<End> {
-        let header = &mut self.packet.header;
         match &rule.target {
-            Target::Continue => return None,
+            Target::Continue => {}
             Target::Accept => return Some(End::Accepted(place)),
             Target::Stop => return Some(End::Stopped(place)),
             Target::Return => return Some(End::Returned),
-            Target::Undecided => {
-                self.doubt(rule, place);
-                return None;
-            }
+            Target::Undecided => self.doubt(rule, place),
             Target::Notrack => {
                 self.connection.is_untracked = true;
                 self.passage.untracked = Some(place);
-                return None;
             }
-            Target::Mark(action) => {
-                self.mark(*action, place);
-                return None;
-            }
-            Target::Jump(name) | Target::Goto(name) => {
-                if self.table == "nat" && self.context.final_chain == Some(name) {
-                    self.passage.nat = Some(place.clone());
-                    return Some(End::Accepted(place));
+            Target::Mark(action) => self.mark(*action, place),
+            Target::Jump(name) | Target::Goto(name)
+                if self.table != "nat" || self.context.final_chain != Some(name) =>
+            {
+                match self.chain(name, depth + 1) {
+                    End::Returned if matches!(rule.target, Target::Jump(_)) => {}
+                    end => return Some(end),
                 }
-                return match self.chain(name, depth + 1) {
-                    End::Returned if matches!(rule.target, Target::Jump(_)) => None,
-                    end => Some(end),
-                };
             }
+            translation => {
+                self.translate(translation);
+                self.passage.nat = Some(place.clone());
+                return Some(End::Accepted(place));
+            }
+        }
+        None
+    }
+
+    /// Changes an address, and the port with it. What the chain that ends the evaluation would do is not known.
+    fn translate(&mut self, target: &Target) {
+        let header = &mut self.packet.header;
+        let is_dnat = matches!(self.hook, Hook::Prerouting | Hook::Output);
+        match target {
             Target::DestinationNat(address, port) => {
                 header.destination = address.or(header.destination);
                 header.destination_port = port.or(header.destination_port);
@@ -436,20 +439,20 @@ impl Evaluation<'_> {
                 header.source = address.or(header.source);
             }
             Target::NetMap(network) => {
-                let address = match self.hook {
-                    Hook::Prerouting | Hook::Output => &mut header.destination,
-                    _ => &mut header.source,
+                let address = if is_dnat {
+                    &mut header.destination
+                } else {
+                    &mut header.source
                 };
                 *address = address.map(|address| (address & !network.mask()) | network.network());
             }
+            _ => return,
         }
-        // What is left are translations.
-        match self.hook {
-            Hook::Prerouting | Hook::Output => self.connection.is_dnat = true,
-            _ => self.connection.is_snat = true,
+        if is_dnat {
+            self.connection.is_dnat = true;
+        } else {
+            self.connection.is_snat = true;
         }
-        self.passage.nat = Some(place.clone());
-        Some(End::Accepted(place))
     }
 
     fn mark(&mut self, action: MarkAction, place: Place) {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::rc::Rc;
+use std::str::FromStr;
 
 use ipnetwork::Ipv4Network;
 
@@ -422,9 +423,13 @@ impl<'a> Options<'a> {
     fn address(&self, option: &str) -> (Option<Ipv4Addr>, Option<u16>) {
         let text = self.value(option).unwrap_or_default();
         let (addresses, ports) = text.split_once(':').unwrap_or((text, ""));
-        let first = |text: &'a str| text.split(['-', '/']).next().unwrap_or_default();
-        (first(addresses).parse().ok(), first(ports).parse().ok())
+        (first(addresses), first(ports))
     }
+}
+
+/// The first of a range such as `8000-8010`.
+fn first<T: FromStr>(range: &str) -> Option<T> {
+    range.split(['-', '/']).next()?.parse().ok()
 }
 
 /// A target by name; none for a chain, and for what is not known here.
@@ -444,11 +449,7 @@ fn parse_target(name: &str, options: &Options) -> Option<Target> {
             let (address, port) = options.address("--to-destination");
             Target::DestinationNat(address, port)
         }
-        "REDIRECT" => {
-            let ports = options.value("--to-ports");
-            let first = ports.and_then(|ports| ports.split('-').next());
-            Target::Redirect(first.and_then(|port| port.parse().ok()))
-        }
+        "REDIRECT" => Target::Redirect(options.value("--to-ports").and_then(first)),
         "SNAT" => Target::SourceNat(options.address("--to-source").0),
         "MASQUERADE" => Target::Masquerade,
         "NETMAP" => Target::NetMap(options.value("--to")?.parse().ok()?),
