@@ -27,10 +27,9 @@ const LIMIT: Duration = Duration::from_secs(28);
 
 /// What was read once, and the tools to ask further.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Snapshot {
-    /// Where files of the system are read.
     pub root: Root,
-    /// The tools, to ask further.
     pub tools: Tools,
     /// All rules and routes, the interfaces, and the tables of the iptables backend in use.
     pub kernel: Kernel,
@@ -46,14 +45,12 @@ pub struct Snapshot {
 
 /// Our entries, installed and desired.
 #[derive(Debug)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Comparison {
-    /// Tells whose an installed entry is.
     pub owners: Owners,
-    /// Our installed entries.
     pub installed: State,
     /// The uplinks' links, as `sync` finds them.
     pub links: UplinkLinks,
-    /// Our desired entries.
     pub desired: State,
 }
 

@@ -116,21 +116,17 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
     } = snapshot.compare(config)?;
     let (parts, orphans) = parts(config, &owners, &installed, &links);
     let unlisted = unlisted(Some(config), &snapshot.kernel.ruleset);
-    let asked = parts
-        .iter()
-        .filter(|(of, _)| name.is_none_or(|name| name == *of));
-    let uplinks: Vec<UplinkStatus> = asked
-        .map(|(of, part)| {
-            let link = links.get(of).and_then(Option::as_ref);
-            let named = owners.interface_of(of, &installed);
-            let mut uplink = uplink_status(snapshot, (of, &config.uplinks[of]), link, part, named);
-            uplink.in_step &= unlisted.is_none();
-            uplink
-        })
-        .collect();
-    let orphans = name
-        .is_none()
-        .then(|| Drift::commands(&diff(&orphans, &State::default())).extra);
+    let asked = |of: &UplinkName| name.is_none_or(|name| name == of);
+    let mut uplinks = Vec::new();
+    for (of, part) in parts.iter().filter(|(of, _)| asked(of)) {
+        let link = links.get(of).and_then(Option::as_ref);
+        let named = owners.interface_of(of, &installed);
+        let mut uplink = uplink_status(snapshot, (of, &config.uplinks[of]), link, part, named);
+        uplink.in_step &= unlisted.is_none();
+        uplinks.push(uplink);
+    }
+    let orphans = Drift::commands(&diff(&orphans, &State::default())).extra;
+    let orphans = Some(orphans).filter(|_| name.is_none());
     let well = uplinks.iter().all(|uplink| uplink.in_step) && unlisted.is_none();
     Ok(Status {
         in_step: well && orphans.as_ref().is_none_or(Vec::is_empty),
@@ -199,19 +195,19 @@ fn forwards(
     let has_bytes = acct.as_deref() == Some("1");
     let tracked = snapshot.flows.as_deref().zip(address);
     // As in the chain, the first forward that takes a connection has it.
-    let mut open: BTreeMap<usize, Vec<&Flow>> = BTreeMap::new();
+    let mut open: Vec<Vec<&Flow>> = vec![Vec::new(); uplink.forwards.len()];
     for flow in snapshot.flows.iter().flatten() {
         let mut forwards = uplink.forwards.iter();
         let is_of = |forward: &Forward| address.is_some_and(|address| made(forward, address, flow));
         if let Some(index) = forwards.position(is_of) {
-            open.entry(index).or_default().push(flow);
+            open[index].push(flow);
         }
     }
-    let statuses = uplink.forwards.iter().enumerate().map(|(index, forward)| {
+    let statuses = uplink.forwards.iter().zip(open).map(|(forward, open)| {
         let rules: BTreeSet<Rule> = dnat::rules(forward).map(|(_, rule)| rule).collect();
         let installed = rules.iter().filter_map(|rule| counters.get(rule));
         let counter = installed.copied().reduce(Counter::plus);
-        let open = tracked.map(|_| open.remove(&index).unwrap_or_default());
+        let open = tracked.map(|_| open);
         ForwardStatus {
             service: forward.to_string(),
             from: forward.from.iter().map(ToString::to_string).collect(),

@@ -132,14 +132,15 @@ fn likely(config: &Config, service: Option<Service>) -> Result<UplinkName> {
             .map(|(name, _)| name)
             .collect()
     };
-    for names in [named(&takes), named(&|_| true)] {
-        match names[..] {
-            [name] => return Ok(name.clone()),
-            [] => {}
-            [one, two, ..] => bail!("which uplink is asked? say --to {one} or --to {two}"),
-        }
+    let mut names = named(&takes);
+    if names.is_empty() {
+        names = named(&|_| true);
     }
-    bail!("no uplink has forwards: say which is asked, --to UPLINK or --to ADDR")
+    match names[..] {
+        [name] => Ok(name.clone()),
+        [] => bail!("no uplink has forwards: say which is asked, --to UPLINK or --to ADDR"),
+        [one, two, ..] => bail!("which uplink is asked? say --to {one} or --to {two}"),
+    }
 }
 
 impl Service {
@@ -285,21 +286,16 @@ pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Res
             snapshot.nft_tables.join(", ")
         ));
     }
-    let verdict = match end {
-        _ if !is_sure => Verdict::Unsure,
-        Ok(_) => Verdict::Answered,
-        Err(_) => Verdict::Fails,
-    };
-    let (sentence, fixes) = match end {
-        Ok(sentence) => (sentence, Vec::new()),
-        Err(Failure { why, fixes }) => (why, fixes),
+    let (verdict, sentence, fixes) = match end {
+        Ok(sentence) => (Verdict::Answered, sentence, Vec::new()),
+        Err(Failure { why, fixes }) => (Verdict::Fails, why, fixes),
     };
     Ok(Explanation {
         service: question.service,
         from: question.source,
         to: trace.asked,
         uplink: trace.uplink.map(|(name, _)| name.to_string()),
-        verdict,
+        verdict: if is_sure { verdict } else { Verdict::Unsure },
         sentence,
         fixes,
         caveats,
@@ -340,12 +336,8 @@ impl Report for Explanation {
             Verdict::Unsure => (Tone::Doubtful, "unsure"),
         };
         text += &format!("{}: {}\n", style.paint(tone, word), self.sentence);
-        for fix in &self.fixes {
-            text += &format!("mend: {fix}\n");
-        }
-        for caveat in &self.caveats {
-            text += &format!("but: {caveat}\n");
-        }
+        text.extend(self.fixes.iter().map(|fix| format!("mend: {fix}\n")));
+        text.extend(self.caveats.iter().map(|it| format!("but: {it}\n")));
         text
     }
 

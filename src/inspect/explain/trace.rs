@@ -108,10 +108,7 @@ impl<'a> Trace<'a> {
         }
     }
 
-    /// The outcome in a sentence, or the failure.
-    ///
-    /// # Errors
-    /// The kernel can't be asked.
+    /// The outcome in a sentence, or the failure; an error where the kernel can't be asked.
     pub fn run(&mut self) -> Result<Result<String, Failure>> {
         let end = match &self.question.aim {
             Aim::Uplink(name) => self.ask_uplink(name),
@@ -216,7 +213,7 @@ impl<'a> Trace<'a> {
         self.asked = Some(destination);
         let client = self.question.source;
         let why = match self.snapshot.route_get(&client.to_string())? {
-            Ok(way) if self.leads_to_lan(&way) => return self.from_lan(&way.dev, destination),
+            Ok(way) if self.leads_to_lan(&way) => return self.by_lan_link(&way.dev, destination),
             Ok(RouteLookup { dev, .. }) => {
                 format!("{client} is not on the LAN: this router reaches it by {dev}")
             }
@@ -225,7 +222,7 @@ impl<'a> Trace<'a> {
         fail(why, [])
     }
 
-    fn from_lan(&mut self, interface: &str, destination: Ipv4Addr) -> Result<String> {
+    fn by_lan_link(&mut self, interface: &str, destination: Ipv4Addr) -> Result<String> {
         let client = self.question.source;
         self.hop("in", format!("by {interface} from {client}"), None);
         let (packet, way) = self.request(interface, destination)?;
@@ -238,11 +235,8 @@ impl<'a> Trace<'a> {
         let Connection {
             is_dnat, is_snat, ..
         } = self.connection;
-        let as_whom = if is_snat {
-            format!(" as {source}")
-        } else {
-            String::new()
-        };
+        let as_whom = is_snat.then(|| format!(" as {source}"));
+        let as_whom = as_whom.unwrap_or_default();
         self.hop("out", format!("by {dev} to {server}{as_whom}"), None);
         if self.leads_to_lan(&way) {
             self.neighbour(&way, tuple.destination)?;
@@ -387,24 +381,22 @@ impl<'a> Trace<'a> {
         let passage = self.context.pass(hook, packet, &mut self.connection);
         self.passages.push(passage.clone());
         for change in passage.marks {
-            let of = if change.of_connection {
-                "connection"
-            } else {
-                "packet"
+            let of = match change.of_connection {
+                true => "connection",
+                false => "packet",
             };
             let what = format!("{of} mark {:#x}", change.mark);
             self.hop("mark", what, Some(change.place));
         }
-        if passage.untracked.is_some() {
-            let what = "not tracked, so not translated";
-            self.hop("nat", what, passage.untracked);
-        }
-        if passage.nat.is_some() {
-            let what = match hook {
-                Hook::Postrouting | Hook::Input => "source translated",
-                _ => "destination translated",
-            };
-            self.hop("nat", what, passage.nat);
+        let translated = match hook {
+            Hook::Postrouting | Hook::Input => "source translated",
+            _ => "destination translated",
+        };
+        let untracked = "not tracked, so not translated";
+        for (what, place) in [(untracked, passage.untracked), (translated, passage.nat)] {
+            if place.is_some() {
+                self.hop("nat", what, place);
+            }
         }
         if let Some(place) = passage.stopped {
             let what = format!("stopped in {}", hook.chain());

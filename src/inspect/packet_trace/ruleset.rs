@@ -156,10 +156,8 @@ pub enum Effect {
 impl TracedRuleset {
     /// Takes the rules of a listing apart.
     pub fn new(ruleset: &Ruleset) -> Self {
-        let tables = ruleset
-            .tables
-            .iter()
-            .map(|(table, chains)| (table.clone(), trace_chains(chains)));
+        let tables = ruleset.tables.iter();
+        let tables = tables.map(|(table, chains)| (table.clone(), trace_chains(chains)));
         Self {
             tables: tables.collect(),
         }
@@ -168,13 +166,11 @@ impl TracedRuleset {
 
 fn trace_chains(chains: &BTreeMap<String, iptables_save::Chain>) -> Chains {
     let traced = chains.iter().map(|(name, chain)| {
+        let policy = chain.policy.as_ref();
         let rules = chain.rules.iter().zip(&chain.counters);
         let traced = TracedChain {
             name: name.as_str().into(),
-            policy: chain
-                .policy
-                .as_ref()
-                .map(|policy| format!("policy {policy}").into()),
+            policy: policy.map(|policy| format!("policy {policy}").into()),
             rules: rules
                 .map(|(rule, counter)| TracedRule::new(rule, counter.packets, chains))
                 .collect(),
@@ -410,13 +406,10 @@ impl<'a> Options<'a> {
             None => Some(u32::MAX),
         };
         let (nfmask, ctmask) = (mask("--nfmask")?, mask("--ctmask")?);
-        if self.has("--save-mark") {
-            Some(MarkAction::Save(nfmask, ctmask))
-        } else if self.has("--restore-mark") {
-            Some(MarkAction::Restore(nfmask, ctmask))
-        } else {
-            None
-        }
+        let save = MarkAction::Save(nfmask, ctmask);
+        let restore = MarkAction::Restore(nfmask, ctmask);
+        let save = self.has("--save-mark").then_some(save);
+        save.or(self.has("--restore-mark").then_some(restore))
     }
 
     /// `192.168.0.2`, `192.168.0.2-192.168.0.9:8000-8010`, `:8000`: the first address and port.
