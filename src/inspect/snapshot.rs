@@ -30,7 +30,6 @@ const LIMIT: Duration = Duration::from_secs(28);
 /// What was read once, and the tools to ask further.
 #[derive(Debug)]
 pub struct Snapshot {
-    /// Where files of the system are read.
     pub root: Root,
     pub tools: Tools,
     /// All rules and routes, the interfaces, and the tables of the iptables backend in use.
@@ -46,7 +45,6 @@ pub struct Snapshot {
 /// Our entries, installed and desired.
 #[derive(Debug)]
 pub struct Comparison {
-    /// Tells whose an installed entry is.
     pub owners: Owners,
     pub installed: State,
     /// The uplinks' links, as `sync` finds them.
@@ -162,19 +160,14 @@ impl Snapshot {
 
 /// The tables in `nft list tables` that IPv4 packets pass and that are not iptables' own: `table inet firewall`.
 fn nft_tables(listing: &str) -> Vec<String> {
-    let is_iptables = |table: &&str| {
-        table
-            .strip_prefix("table ip ")
-            .is_some_and(|name| ["raw", "mangle", "nat", "filter", "security"].contains(&name))
+    let is_listed = |table: &&str| {
+        let words = table.strip_prefix("table ");
+        match words.and_then(|words| words.split_once(' ')) {
+            Some(("ip", name)) => !["raw", "mangle", "nat", "filter", "security"].contains(&name),
+            Some((family, _)) => matches!(family, "inet" | "netdev"),
+            None => false,
+        }
     };
-    let is_passed = |table: &&str| {
-        ["table ip ", "table inet ", "table netdev "]
-            .iter()
-            .any(|family| table.starts_with(family))
-    };
-    let tables = listing.lines().map(str::trim);
-    tables
-        .filter(|table| is_passed(table) && !is_iptables(table))
-        .map(str::to_owned)
-        .collect()
+    let tables = listing.lines().map(str::trim).filter(is_listed);
+    tables.map(str::to_owned).collect()
 }

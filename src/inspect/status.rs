@@ -16,8 +16,7 @@ use crate::kernel::conntrack::{self, Filter};
 use crate::kernel::iptables_save::{Counter, Ruleset};
 use crate::model::forward::{Forward, ForwardIndex};
 use crate::model::link::UplinkLink;
-use crate::model::names::IfName;
-use crate::model::names::UplinkName;
+use crate::model::names::{IfName, UplinkName};
 use crate::model::netfilter::Rule;
 use crate::model::route::FwMark;
 use crate::model::state::State;
@@ -121,35 +120,25 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
         ..
     } = snapshot.compare(config)?;
     let (parts, orphans) = parts(config, &owners, &installed, &links);
-    let mut uplinks = Vec::new();
-    for (of, part) in &parts {
-        let uplink = &config.uplinks[of];
-        if name.is_none_or(|name| name == of) {
-            let link = links.get(of).and_then(Option::as_ref);
-            uplinks.push(uplink_status(
-                snapshot,
-                of,
-                uplink,
-                link,
-                part,
-                owners.interface_of(of, &installed),
-                troubles.get(of),
-            ));
-            let own = uplinks.last_mut().expect("one was added");
-            match (own.link, unknown.contains(of)) {
-                (LinkState::Unknown, true) => own.in_step = false,
-                (LinkState::Unknown, false) => own.link = LinkState::Down,
-                _ => {}
-            }
-        }
-    }
-    let orphans = name
-        .is_none()
-        .then(|| Drift::commands(&diff(&orphans, &State::default())).extra);
     let unlisted = unlisted(Some(config), &snapshot.kernel.ruleset);
-    for uplink in &mut uplinks {
+    let asked = |of: &UplinkName| name.is_none_or(|name| name == of);
+    let mut uplinks = Vec::new();
+    for (of, part) in parts.iter().filter(|(of, _)| asked(of)) {
+        let link = links.get(of).and_then(Option::as_ref);
+        let named = owners.interface_of(of, &installed);
+        let trouble = troubles.get(of);
+        let uplink = (of, &config.uplinks[of]);
+        let mut uplink = uplink_status(snapshot, uplink, link, part, named, trouble);
+        match (uplink.link, unknown.contains(of)) {
+            (LinkState::Unknown, true) => uplink.in_step = false,
+            (LinkState::Unknown, false) => uplink.link = LinkState::Down,
+            _ => {}
+        }
         uplink.in_step &= unlisted.is_none();
+        uplinks.push(uplink);
     }
+    let orphans = Drift::commands(&diff(&orphans, &State::default())).extra;
+    let orphans = Some(orphans).filter(|_| name.is_none());
     let well = uplinks.iter().all(|uplink| uplink.in_step) && unlisted.is_none();
     Ok(Status {
         in_step: well && orphans.as_ref().is_none_or(Vec::is_empty),
@@ -162,8 +151,7 @@ pub fn status(snapshot: &Snapshot, config: &Config, name: Option<&UplinkName>) -
 
 fn uplink_status(
     snapshot: &Snapshot,
-    name: &UplinkName,
-    uplink: &Uplink,
+    (name, uplink): (&UplinkName, &Uplink),
     link: Option<&UplinkLink>,
     part: &Part,
     named: Option<IfName>,
@@ -176,6 +164,8 @@ fn uplink_status(
     let found = interface
         .as_ref()
         .map(|interface| snapshot.kernel.links.get(interface.as_str()));
+    let age = link.zip(found.flatten());
+    let age = age.and_then(|(link, found)| found.age(link.address));
     let state = match (link, found) {
         (Some(_), _) => LinkState::Up,
         (None, Some(None)) => LinkState::Missing,
@@ -186,10 +176,6 @@ fn uplink_status(
     };
     let mark = uplink.routing.as_ref().map(|routing| routing.mark);
     let address = link.map(|link| link.address);
-    let age = link.and_then(|link| {
-        let there = snapshot.kernel.links.get(link.interface.as_str())?;
-        there.age(link.address)
-    });
     let steps = snapshot.steps(&part.installed, &part.desired);
     let Drift { missing, extra } = Drift::commands(&steps);
     UplinkStatus {
@@ -302,7 +288,10 @@ impl Report for Status {
         if self.uplinks.is_empty() && self.in_step {
             return "no uplinks are configured, and no entries of ours are installed\n".to_owned();
         }
-        let mut text = self.uplinks_text(style) + &self.forwards_text(style);
+        let (mut text, forwards) = (self.uplinks_text(style), self.forwards_text(style));
+        if !forwards.is_empty() {
+            text += &format!("\n{forwards}");
+        }
         for uplink in &self.uplinks {
             let name = &uplink.name;
             if let Some(trouble) = &uplink.trouble {
@@ -335,16 +324,13 @@ impl Report for Status {
 
 impl Status {
     fn uplinks_text(&self, style: Style) -> String {
-        let titles = [
-            "uplink", "link", "address", "up for", "table", "mark", "marked", "state",
-        ];
-        let mut rows = vec![titles.map(|title| style.paint(Tone::Strong, title)).into()];
-        rows.extend(self.uplinks.iter().map(|uplink| {
+        let titles = "uplink|link|address|up for|table|mark|marked|state";
+        let rows = self.uplinks.iter().map(|uplink| {
             let mark = uplink.mark.map(|value| FwMark {
                 value,
                 mask: self.mask,
             });
-            vec![
+            [
                 uplink.name.clone(),
                 cell(uplink.interface.as_ref()),
                 cell(uplink.address),
@@ -354,43 +340,29 @@ impl Status {
                 cell(uplink.marked),
                 uplink.state(style),
             ]
-        }));
-        if self.uplinks.is_empty() {
-            return String::new();
-        }
-        align(&rows)
+        });
+        table(style, titles, rows)
     }
 
     fn forwards_text(&self, style: Style) -> String {
-        let titles = [
-            "uplink",
-            "forward",
-            "from",
-            "to",
-            "connections",
-            "bytes",
-            "open",
-            "open bytes",
-        ];
-        let mut rows = vec![titles.map(|title| style.paint(Tone::Strong, title)).into()];
-        for uplink in &self.uplinks {
-            rows.extend(uplink.forwards.iter().map(|forward| {
-                vec![
-                    uplink.name.clone(),
-                    forward.service.clone(),
-                    cell((!forward.from.is_empty()).then(|| forward.from.join(","))),
-                    forward.to.clone(),
-                    cell(forward.connections),
-                    cell(forward.bytes),
-                    cell(forward.open),
-                    cell(forward.open_bytes),
-                ]
-            }));
-        }
-        if rows.len() == 1 {
-            return String::new();
-        }
-        format!("\n{}", align(&rows))
+        let titles = "uplink|forward|from|to|connections|bytes|open|open bytes";
+        let forwards = self.uplinks.iter().flat_map(|uplink| {
+            let forwards = uplink.forwards.iter();
+            forwards.map(|forward| (uplink.name.clone(), forward))
+        });
+        let rows = forwards.map(|(uplink, forward)| {
+            [
+                uplink,
+                forward.service.clone(),
+                cell((!forward.from.is_empty()).then(|| forward.from.join(","))),
+                forward.to.clone(),
+                cell(forward.connections),
+                cell(forward.bytes),
+                cell(forward.open),
+                cell(forward.open_bytes),
+            ]
+        });
+        table(style, titles, rows)
     }
 }
 
@@ -424,6 +396,18 @@ impl UplinkStatus {
     }
 }
 
+/// Rows below their titles; nothing without rows.
+fn table(style: Style, titles: &str, rows: impl Iterator<Item = [String; 8]>) -> String {
+    let titles = titles.split('|').map(|it| style.paint(Tone::Strong, it));
+    let mut lines = vec![titles.collect()];
+    lines.extend(rows.map(Vec::from));
+    if lines.len() > 1 {
+        align(&lines)
+    } else {
+        String::new()
+    }
+}
+
 fn cell<T: ToString>(value: Option<T>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
@@ -434,10 +418,7 @@ fn commands(text: &mut String, style: Style, heading: &str, commands: &[String])
         return;
     }
     let heading = style.paint(Tone::Bad, &format!("# {heading}"));
-    *text += &format!("\n{heading}\n");
-    for command in commands {
-        *text += &format!("{command}\n");
-    }
+    *text += &format!("\n{heading}\n{}\n", commands.join("\n"));
 }
 
 /// `3 d 4 h`, `4 h 5 min`, `12 min`, `45 s`

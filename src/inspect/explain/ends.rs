@@ -2,44 +2,38 @@
 
 use std::net::Ipv4Addr;
 
-use crate::inspect::explain::Direction;
-use crate::inspect::explain::trace::{Stop, Trace, fail, host};
-use crate::inspect::packet_trace::Connection;
+use anyhow::Result;
+
+use crate::inspect::explain::trace::{Failure, Trace, fail, host};
 use crate::kernel::conntrack::{self, Filter, Tuple};
 use crate::kernel::ip::RouteLookup;
-use crate::kernel::listeners::{Socket, listening_below};
+use crate::kernel::listeners::listening_below;
 use crate::model::forward::Protocol;
 
 impl Trace<'_> {
     /// Whether the next host answers ARP, as far as the kernel knows already.
-    pub(super) fn neighbour(
-        &mut self,
-        way: &RouteLookup,
-        destination: Ipv4Addr,
-    ) -> Result<(), Stop> {
+    pub fn neighbour(&mut self, way: &RouteLookup, destination: Ipv4Addr) -> Result<()> {
+        let dev = &way.dev;
         let next = way.via.clone().unwrap_or_else(|| destination.to_string());
-        let question = format!("neigh show to {next} dev {}", way.dev);
-        let output = self.inputs.snapshot.tools.ip_ask(&question)?;
+        let question = format!("neigh show to {next} dev {dev}");
+        let output = self.snapshot.tools.ip_ask(&question)?;
         let state = output.stdout.split_ascii_whitespace().last();
         let Some(state) = state.filter(|_| output.status.success()) else {
             return Ok(());
         };
-        self.hop("host", format!("{next} on {}: {state}", way.dev), None);
+        self.hop("host", format!("{next} on {dev}: {state}"), None);
         if matches!(state, "FAILED" | "INCOMPLETE") {
-            return fail(
-                format!(
-                    "{next} did not answer ARP on {} when the kernel last asked: it is off, or has another address",
-                    way.dev
-                ),
-                vec![format!("ping {next}")],
+            let why = format!(
+                "{next} did not answer ARP on {dev} when the kernel last asked: it is off, or has another address"
             );
+            return fail(why, [format!("ping {next}")]);
         }
         Ok(())
     }
 
     /// Fails if tracked TCP connections to the server wait for a reply, and none has one.
-    pub(super) fn unanswered(&mut self, tuple: Tuple) -> Result<(), Stop> {
-        let protocol = self.inputs.question.service.protocol;
+    pub fn unanswered(&mut self, tuple: Tuple) -> Result<()> {
+        let protocol = self.question.service.protocol;
         if protocol != Protocol::Tcp {
             return Ok(());
         }
@@ -53,17 +47,14 @@ impl Trace<'_> {
         if waiting.is_empty() || !answered.is_empty() {
             return Ok(());
         }
-        let server = host(tuple);
-        let what = format!(
-            "{} connections wait for a reply of {server}, none has one",
-            waiting.len()
-        );
+        let (server, waiting) = (host(tuple), waiting.len());
+        let what = format!("{waiting} connections wait for a reply of {server}, none has one");
         self.hop("host", what, None);
         fail(
             format!(
                 "{server} has been asked, and no reply came by this router: nothing listens there, its own firewall drops requests, or its default gateway is another"
             ),
-            vec![format!(
+            [format!(
                 "on {}: ss -ltn; ip route (the default route must lead to this router)",
                 tuple.destination
             )],
@@ -71,14 +62,15 @@ impl Trace<'_> {
     }
 
     /// Notes the client's earlier connections, which keep the server that they began with.
-    pub(super) fn earlier_connections(&mut self, asked: Tuple, tuple: Tuple) -> Result<(), Stop> {
-        let port = |ports: Option<(u16, u16)>| ports.map(|ports| ports.1);
-        let number = self.inputs.question.service.protocol.number();
+    pub fn earlier_connections(&mut self, tuple: Tuple) -> Result<()> {
+        let asked = self.connection.original.tuple()?;
+        let port = |tuple: Tuple| tuple.ports.map(|ports| ports.1);
+        let number = self.question.service.protocol.number();
         let earlier = conntrack::find([Filter::To(asked.destination)], |flow| {
             flow.protocol == number
                 && flow.original.source == asked.source
                 && flow.original.destination == asked.destination
-                && port(flow.original.ports) == port(asked.ports)
+                && port(flow.original) == port(asked)
                 && flow.reply.source != tuple.destination
         })?;
         self.caveats.extend(earlier.iter().map(|flow| {
@@ -91,44 +83,34 @@ impl Trace<'_> {
     }
 
     /// Whether a program on this router listens there.
-    pub(super) fn listens(&mut self, tuple: Tuple, connection: &Connection) -> Result<(), Stop> {
-        let protocol = self.inputs.question.service.protocol;
+    pub fn listens(&mut self, tuple: Tuple) -> Result<()> {
+        let protocol = self.question.service.protocol;
         let port = tuple.ports.map(|ports| ports.1);
         let Some(port) = port.filter(|_| matches!(protocol, Protocol::Tcp | Protocol::Udp)) else {
             return Ok(());
         };
-        let sockets = listening_below(&self.inputs.snapshot.root, protocol);
-        let listens = |socket: &&Socket| {
+        let sockets = listening_below(&self.snapshot.root, protocol);
+        let socket = sockets.iter().find(|socket| {
             socket.port == port && socket.address.is_none_or(|own| own == tuple.destination)
-        };
-        if let Some(socket) = sockets.iter().find(listens) {
-            if socket.address.is_none()
-                && protocol == Protocol::Udp
-                && self.direction == Direction::There
-            {
+        });
+        if let Some(socket) = socket {
+            if socket.address.is_none() && protocol == Protocol::Udp {
                 self.caveats.push(format!(
                     "the program at udp/{port} is bound to no address: unless it answers with the address that was asked, the source of its reply is the default link's address"
                 ));
             }
             return Ok(());
         }
-        if connection.is_dnat {
+        if self.connection.is_dnat {
             let why = format!(
                 "it is sent to {}, which is this router itself, and nothing listens there",
                 host(tuple)
             );
-            return fail(
-                why,
-                self.fixes(&["to = \"…\": the address of a LAN host".to_owned()]),
-            );
+            let fix = "to = \"…\": the address of a LAN host".to_owned();
+            return fail(why, self.fixes([fix]));
         }
-        let failure = self.no_forward();
-        fail(
-            format!(
-                "{}, and nothing on this router listens at {protocol}/{port}",
-                failure.why
-            ),
-            failure.fixes,
-        )
+        let Failure { why, fixes } = self.no_forward();
+        let why = format!("{why}, and nothing on this router listens at {protocol}/{port}");
+        fail(why, fixes)
     }
 }

@@ -6,14 +6,16 @@ mod reason;
 mod trace;
 
 use std::ffi::OsString;
+use std::fmt;
 use std::net::Ipv4Addr;
+use std::num::NonZeroU16;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
-use crate::config::{Config, Uplink};
-use crate::inspect::explain::trace::{Failure, Inputs};
-use crate::inspect::packet_trace::{Alternatives, Doubt, Place};
+use crate::config::Config;
+use crate::inspect::explain::trace::{Failure, Trace};
+use crate::inspect::packet_trace::{Alternatives, Doubt, Passage, Place, as_text};
 use crate::inspect::report::{Report, Style, Tone, align};
 use crate::inspect::snapshot::Snapshot;
 use crate::model::forward::{Asked, Forward, Protocol};
@@ -21,26 +23,26 @@ use crate::model::names::UplinkName;
 use crate::reconcile::event;
 
 /// The connection to explain.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Question {
     /// The address of the host that begins the connection.
-    pub source: Ipv4Addr,
-    /// The protocol and destination port.
-    pub service: Service,
-    pub aim: Aim,
+    source: Ipv4Addr,
+    service: Service,
+    aim: Aim,
 }
 
 /// A protocol and a destination port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Service {
-    pub protocol: Protocol,
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Service {
+    #[serde(serialize_with = "as_text")]
+    protocol: Protocol,
     /// None where the protocol has no ports.
-    pub port: Option<u16>,
+    port: Option<u16>,
 }
 
 /// The destination of a connection.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Aim {
+#[derive(Clone, Debug)]
+enum Aim {
     /// A client asks the address of an uplink's link.
     Uplink(UplinkName),
     /// A client asks this address of the router.
@@ -61,9 +63,8 @@ impl Question {
         let mut words = words.iter();
         let address = words.next().context("explain what? the client's address")?;
         let address = event::address(address)?;
-        let service = words
-            .next()
-            .map(|word| Service::parse(&word.to_string_lossy()));
+        let service = words.next();
+        let service = service.map(|word| Service::parse(&word.to_string_lossy()));
         let service = service.transpose()?;
         if let Some(word) = words.next() {
             bail!("unexpected argument {word:?}");
@@ -79,18 +80,14 @@ impl Question {
                 aim: Aim::FromLan(address),
             });
         }
-        if let Some(network) = config
-            .lan
-            .networks
-            .iter()
-            .find(|network| network.contains(address))
-        {
+        let mut networks = config.lan.networks.iter();
+        if let Some(network) = networks.find(|network| network.contains(address)) {
             bail!(
                 "{address} is on the LAN {network}: mh-hook explain --from-lan {address} DESTINATION"
             );
         }
         let aim = match to {
-            Some(to) => aim(config, &to)?,
+            Some(to) => Aim::parse(config, &to)?,
             None => Aim::Uplink(likely(config, service)?),
         };
         let service = match (service, &aim) {
@@ -110,65 +107,57 @@ impl Question {
     }
 }
 
-fn aim(config: &Config, to: &OsString) -> Result<Aim> {
-    if let Ok(address) = event::address(to) {
-        return Ok(Aim::Address(address));
+impl Aim {
+    fn parse(config: &Config, to: &OsString) -> Result<Self> {
+        if let Ok(address) = event::address(to) {
+            return Ok(Self::Address(address));
+        }
+        let name = UplinkName::parse(&to.to_string_lossy()).ok();
+        name.filter(|name| config.uplinks.contains_key(name))
+            .map(Self::Uplink)
+            .with_context(|| format!("--to {to:?} is neither an uplink nor an address"))
     }
-    let name = UplinkName::parse(&to.to_string_lossy())
-        .ok()
-        .filter(|name| config.uplinks.contains_key(name));
-    let name = name.with_context(|| format!("--to {to:?} is neither an uplink nor an address"))?;
-    Ok(Aim::Uplink(name))
 }
 
 /// The uplink that is meant without `--to`: the only one that has such a forward, or has forwards at all.
 fn likely(config: &Config, service: Option<Service>) -> Result<UplinkName> {
-    let forwards = |uplink: &&Uplink| !uplink.forwards.is_empty();
-    let fits = |uplink: &&Uplink| {
-        let mut forwards = uplink.forwards.iter();
-        service.is_none_or(|service| forwards.any(|forward| forward.takes(service.asked_by(None))))
-    };
-    let named = |which: &dyn Fn(&&Uplink) -> bool| -> Vec<&UplinkName> {
+    let takes =
+        |forward: &Forward| service.is_none_or(|service| forward.takes(service.asked_by(None)));
+    let named = |fits: &dyn Fn(&Forward) -> bool| -> Vec<&UplinkName> {
         let uplinks = config.uplinks.iter();
         uplinks
-            .filter(|(_, uplink)| which(uplink))
+            .filter(|(_, uplink)| uplink.forwards.iter().any(fits))
             .map(|(name, _)| name)
             .collect()
     };
-    for names in [
-        named(&|uplink| forwards(uplink) && fits(uplink)),
-        named(&forwards),
-    ] {
-        match names[..] {
-            [name] => return Ok(name.clone()),
-            [] => {}
-            [one, two, ..] => bail!("which uplink is asked? say --to {one} or --to {two}"),
-        }
+    let mut names = named(&takes);
+    if names.is_empty() {
+        names = named(&|_| true);
     }
-    bail!("no uplink has forwards: say which is asked, --to UPLINK or --to ADDR")
+    match names[..] {
+        [name] => Ok(name.clone()),
+        [] => bail!("no uplink has forwards: say which is asked, --to UPLINK or --to ADDR"),
+        [one, two, ..] => bail!("which uplink is asked? say --to {one} or --to {two}"),
+    }
 }
 
 impl Service {
     /// `tcp/80`, `80`, `icmp`
     fn parse(text: &str) -> Result<Self> {
-        let wrong = || format!("{text:?} is not a service such as tcp/80, udp/53 or icmp");
         let (protocol, port) = match text.split_once('/') {
             Some((protocol, port)) => (protocol, Some(port)),
             None if text.starts_with(|c: char| c.is_ascii_digit()) => ("tcp", Some(text)),
             None => (text, None),
         };
-        let protocol = Protocol::parse(protocol).with_context(wrong)?;
-        let port: Option<u16> = match port {
-            Some(port) => Some(
-                port.parse()
-                    .ok()
-                    .filter(|port| *port > 0)
-                    .with_context(wrong)?,
-            ),
-            None => None,
-        };
-        ensure!(protocol.has_ports() == port.is_some(), wrong());
-        Ok(Self { protocol, port })
+        let port = port.map(str::parse::<NonZeroU16>).transpose().ok();
+        Protocol::parse(protocol)
+            .zip(port)
+            .filter(|(protocol, port)| protocol.has_ports() == port.is_some())
+            .map(|(protocol, port)| Self {
+                protocol,
+                port: port.map(u16::from),
+            })
+            .with_context(|| format!("{text:?} is not a service such as tcp/80, udp/53 or icmp"))
     }
 
     fn of(forward: &Forward) -> Self {
@@ -181,7 +170,7 @@ impl Service {
     }
 
     /// A request for this service, as forwards are asked whether they take it.
-    pub fn asked_by(self, source: Option<Ipv4Addr>) -> Asked {
+    fn asked_by(self, source: Option<Ipv4Addr>) -> Asked {
         Asked {
             source,
             destination: None,
@@ -191,8 +180,8 @@ impl Service {
     }
 }
 
-impl std::fmt::Display for Service {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.port {
             Some(port) => write!(f, "{}/{port}", self.protocol),
             None => write!(f, "{}", self.protocol),
@@ -203,7 +192,7 @@ impl std::fmt::Display for Service {
 /// The outcome of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Verdict {
+enum Verdict {
     /// The reply arrives, as far as this router can tell.
     Answered,
     Fails,
@@ -214,7 +203,7 @@ pub enum Verdict {
 /// The packet that a hop is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Direction {
+enum Direction {
     There,
     Back,
     /// One more packet each way; reported only if one of them is lost.
@@ -223,34 +212,35 @@ pub enum Direction {
 
 /// One thing that happens to a packet.
 #[derive(Clone, Debug, Serialize)]
-pub struct Hop {
-    pub direction: Direction,
+struct Hop {
+    direction: Direction,
     /// The subject: `in`, `mark`, `nat`, `rp_filter`, `rule`, `route`, `filter`, `host`, `out`.
-    pub at: &'static str,
-    pub what: String,
+    at: &'static str,
+    what: String,
     /// The iptables rule that makes it happen.
-    pub rule: Option<Place>,
+    rule: Option<Place>,
 }
 
+/// The report: the fields are the JSON, whose schema is packaging/schema/explain.schema.json.
 #[derive(Clone, Debug, Serialize)]
 pub struct Explanation {
-    pub protocol: String,
-    pub port: Option<u16>,
-    pub from: Ipv4Addr,
-    /// The destination; none where the uplink has no address.
-    pub to: Option<Ipv4Addr>,
+    #[serde(flatten)]
+    service: Service,
+    from: Ipv4Addr,
+    /// None where the uplink has no address.
+    to: Option<Ipv4Addr>,
     /// The uplink that has the destination address.
-    pub uplink: Option<String>,
-    pub verdict: Verdict,
+    uplink: Option<String>,
+    verdict: Verdict,
     /// The outcome in a sentence, with the reason.
-    pub sentence: String,
+    sentence: String,
     /// Commands, or lines of the configuration, that fix a failure.
     #[serde(rename = "mend")]
-    pub fixes: Vec<String>,
+    fixes: Vec<String>,
     /// What may be different for some packets.
-    pub caveats: Vec<String>,
+    caveats: Vec<String>,
     /// What happened, in order.
-    pub hops: Vec<Hop>,
+    hops: Vec<Hop>,
 }
 
 /// Traces the connection.
@@ -260,24 +250,26 @@ pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Res
     if let Some((_, error)) = comparison.troubles.pop_first() {
         return Err(error);
     }
-    let inputs = Inputs {
-        snapshot,
-        config,
-        comparison: &comparison,
-        question,
-    };
-    let trace = inputs.trace(&[])?;
+    let begin = |assumed: &[Doubt]| Trace::new(snapshot, config, &comparison, question, assumed);
+    let mut trace = begin(&[]);
+    let end = trace.run()?;
     let mut caveats = trace.caveats;
-    let is_success = trace.end.is_ok();
     let mut is_sure = true;
+    let doubts = |passages: Vec<Passage>| passages.into_iter().flat_map(|it| it.doubts).collect();
     let mut alternatives = Alternatives::default();
-    alternatives.add(&[], trace.doubts);
+    alternatives.add(&[], doubts(trace.passages));
     while let Some(assumed) = alternatives.pop() {
-        let other = inputs.trace(&assumed)?;
-        alternatives.add(&assumed, other.doubts);
-        if other.end.is_ok() != is_success {
+        let mut other = begin(&assumed);
+        let other_end = other.run()?;
+        alternatives.add(&assumed, doubts(other.passages));
+        if other_end.is_ok() != end.is_ok() {
             is_sure = false;
-            caveats.push(caveat(&assumed, &other.end));
+            let doubts: Vec<String> = assumed.iter().map(Doubt::to_string).collect();
+            let then = other_end.unwrap_or_else(|failure| failure.why);
+            caveats.push(format!(
+                "it can't be told whether {}; if so: {then}",
+                doubts.join(", and whether ")
+            ));
         }
     }
     if alternatives.are_left() {
@@ -290,22 +282,16 @@ pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Res
             snapshot.nft_tables.join(", ")
         ));
     }
-    let verdict = match is_success {
-        _ if !is_sure => Verdict::Unsure,
-        true => Verdict::Answered,
-        false => Verdict::Fails,
-    };
-    let (sentence, fixes) = match trace.end {
-        Ok(sentence) => (sentence, Vec::new()),
-        Err(Failure { why, fixes }) => (why, fixes),
+    let (verdict, sentence, fixes) = match end {
+        Ok(sentence) => (Verdict::Answered, sentence, Vec::new()),
+        Err(Failure { why, fixes }) => (Verdict::Fails, why, fixes),
     };
     Ok(Explanation {
-        protocol: question.service.protocol.to_string(),
-        port: question.service.port,
+        service: question.service,
         from: question.source,
         to: trace.asked,
-        uplink: trace.uplink.map(|name| name.to_string()),
-        verdict,
+        uplink: trace.uplink.map(|(name, _)| name.to_string()),
+        verdict: if is_sure { verdict } else { Verdict::Unsure },
         sentence,
         fixes,
         caveats,
@@ -313,61 +299,29 @@ pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Res
     })
 }
 
-/// What happens if these doubts come true.
-fn caveat(assumed: &[Doubt], end: &Result<String, Failure>) -> String {
-    let doubts: Vec<String> = assumed.iter().map(Doubt::to_string).collect();
-    let then = match end {
-        Ok(sentence) => sentence,
-        Err(failure) => &failure.why,
-    };
-    format!(
-        "it can't be told whether {}; if so: {then}",
-        doubts.join(", and whether ")
-    )
-}
-
 impl Report for Explanation {
     fn text(&self, style: Style) -> String {
-        let service = match self.port {
-            Some(port) => format!("{}/{port}", self.protocol),
-            None => self.protocol.clone(),
-        };
         let to = self.to.map_or("?".to_owned(), |to| to.to_string());
-        let of = self
-            .uplink
-            .as_ref()
-            .map_or(String::new(), |name| format!(" ({name})"));
-        let mut text = style.paint(
-            Tone::Strong,
-            &format!("{service} from {} to {to}{of}", self.from),
-        );
-        text.push('\n');
-        for direction in [Direction::There, Direction::Back, Direction::Later] {
-            let hops: Vec<&Hop> = self
-                .hops
-                .iter()
-                .filter(|hop| hop.direction == direction)
-                .collect();
-            if hops.is_empty() {
-                continue;
-            }
-            text += match direction {
+        let of = self.uplink.as_ref().map(|name| format!(" ({name})"));
+        let (service, from, of) = (self.service, self.from, of.unwrap_or_default());
+        let title = format!("{service} from {from} to {to}{of}");
+        let mut text = style.paint(Tone::Strong, &title) + "\n";
+        for hops in self
+            .hops
+            .chunk_by(|one, next| one.direction == next.direction)
+        {
+            text += match hops[0].direction {
                 Direction::There => "there\n",
                 Direction::Back => "back\n",
                 Direction::Later => "later\n",
             };
             let mut rows = Vec::new();
             for hop in hops {
-                rows.push(vec![String::new(), hop.at.to_owned(), hop.what.clone()]);
+                rows.push(["".into(), hop.at.into(), hop.what.clone()].into());
                 if let Some(rule) = &hop.rule {
-                    let packets = rule
-                        .packets
-                        .map_or(String::new(), |packets| format!(" ({packets} packets)"));
-                    rows.push(vec![
-                        String::new(),
-                        String::new(),
-                        format!("  {}{packets}", rule),
-                    ]);
+                    let packets = rule.packets.map(|packets| format!(" ({packets} packets)"));
+                    let rule = format!("  {rule}{}", packets.unwrap_or_default());
+                    rows.push(["".into(), "".into(), rule].into());
                 }
             }
             text += &align(&rows);
@@ -378,12 +332,8 @@ impl Report for Explanation {
             Verdict::Unsure => (Tone::Doubtful, "unsure"),
         };
         text += &format!("{}: {}\n", style.paint(tone, word), self.sentence);
-        for fix in &self.fixes {
-            text += &format!("mend: {fix}\n");
-        }
-        for caveat in &self.caveats {
-            text += &format!("but: {caveat}\n");
-        }
+        text.extend(self.fixes.iter().map(|fix| format!("mend: {fix}\n")));
+        text.extend(self.caveats.iter().map(|it| format!("but: {it}\n")));
         text
     }
 

@@ -1,16 +1,16 @@
 //! Traces one connection: the first request, the reply, and one more packet each way, from hook to hook. The kernel answers
 //! for routes and reverse path filtering, `packet_trace` for iptables.
 
+use std::fmt;
 use std::net::Ipv4Addr;
 
-use anyhow::{Error, Result};
+use anyhow::Result;
 use ipnetwork::Ipv4Network;
 
 use crate::config::{Config, Uplink};
 use crate::inspect::explain::{Aim, Direction, Hop, Question};
 use crate::inspect::packet_trace::{
-    Connection, Context, Doubt, Header, Hook, MarkChange, Packet, Passage, Place, Position,
-    is_interface,
+    Connection, Context, Doubt, Header, Hook, Packet, Passage, Place, Position, is_interface,
 };
 use crate::inspect::snapshot::{Comparison, Snapshot};
 use crate::kernel::conntrack::Tuple;
@@ -23,47 +23,7 @@ use crate::model::route::{RouteRule, TableId};
 /// A port that Linux gives to clients (`ip_local_port_range`).
 const CLIENT_PORT: u16 = 50000;
 
-/// What all traces for one question have in common.
-#[derive(Clone, Copy, Debug)]
-pub struct Inputs<'a> {
-    pub snapshot: &'a Snapshot,
-    pub config: &'a Config,
-    pub comparison: &'a Comparison,
-    pub question: &'a Question,
-}
-
-impl<'a> Inputs<'a> {
-    /// Traces the connection, with doubts that are assumed to come true.
-    /// Errors: the kernel can't be asked.
-    pub fn trace(self, assumed: &[Doubt]) -> Result<Trace<'a>> {
-        let mut trace = Trace {
-            inputs: self,
-            context: Context {
-                rulesets: &self.snapshot.rulesets,
-                links: &self.snapshot.kernel.links,
-                assumed: assumed.to_vec(),
-                final_chain: None,
-            },
-            uplink: None,
-            asked: None,
-            direction: Direction::There,
-            hops: Vec::new(),
-            marks: Vec::new(),
-            untracked: None,
-            doubts: Vec::new(),
-            caveats: Vec::new(),
-            end: Ok(String::new()),
-        };
-        trace.end = match trace.run() {
-            Ok(sentence) => Ok(sentence),
-            Err(Stop::Failure(failure)) => Err(failure),
-            Err(Stop::Error(error)) => return Err(error),
-        };
-        Ok(trace)
-    }
-}
-
-/// Where and why a packet is lost.
+/// Where and why a packet is lost, as the error that ends a trace.
 #[derive(Debug)]
 pub struct Failure {
     pub why: String,
@@ -71,67 +31,104 @@ pub struct Failure {
     pub fixes: Vec<String>,
 }
 
-/// Why a trace ends early.
-pub(super) enum Stop {
-    Failure(Failure),
-    /// The kernel could not be asked.
-    Error(Error),
-}
-
-impl From<Error> for Stop {
-    fn from(error: Error) -> Self {
-        Self::Error(error)
+impl Failure {
+    pub fn new(why: impl Into<String>, fixes: impl IntoIterator<Item = String>) -> Self {
+        Self {
+            why: why.into(),
+            fixes: fixes.into_iter().collect(),
+        }
     }
 }
 
-pub(super) fn fail<T>(why: impl Into<String>, fixes: Vec<String>) -> Result<T, Stop> {
-    let why = why.into();
-    Err(Stop::Failure(Failure { why, fixes }))
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.why)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+pub fn fail<T>(why: impl Into<String>, fixes: impl IntoIterator<Item = String>) -> Result<T> {
+    Err(Failure::new(why, fixes).into())
 }
 
 /// The trace of a connection, hop by hop.
-#[derive(Debug)]
 pub struct Trace<'a> {
-    pub(super) inputs: Inputs<'a>,
+    pub snapshot: &'a Snapshot,
+    pub config: &'a Config,
+    pub comparison: &'a Comparison,
+    pub question: &'a Question,
     context: Context<'a>,
+    pub connection: Connection,
+    /// The interface by which the request comes in.
+    interface: String,
     /// The uplink whose address is asked.
-    pub uplink: Option<UplinkName>,
+    pub uplink: Option<(&'a UplinkName, &'a Uplink)>,
     /// The address that is asked.
     pub asked: Option<Ipv4Addr>,
-    pub(super) direction: Direction,
+    pub direction: Direction,
     /// What happened, in order.
     pub hops: Vec<Hop>,
-    pub(super) marks: Vec<MarkChange>,
-    /// The rule that exempts the connection from tracking.
-    pub(super) untracked: Option<Place>,
-    /// What may happen instead.
-    pub doubts: Vec<Doubt>,
+    /// What iptables did, in order.
+    pub passages: Vec<Passage>,
     /// What may be different for some packets.
     pub caveats: Vec<String>,
-    /// The outcome in a sentence, or the failure.
-    pub end: Result<String, Failure>,
 }
 
 impl<'a> Trace<'a> {
-    fn run(&mut self) -> Result<String, Stop> {
-        match &self.inputs.question.aim {
-            Aim::Uplink(name) => self.ask_uplink(name),
-            Aim::Address(address) => self.ask_address(*address),
-            Aim::FromLan(destination) => self.by_lan_host(*destination),
+    /// A trace that has not begun, with doubts that are assumed to come true.
+    pub fn new(
+        snapshot: &'a Snapshot,
+        config: &'a Config,
+        comparison: &'a Comparison,
+        question: &'a Question,
+        assumed: &[Doubt],
+    ) -> Self {
+        let protocol = question.service.protocol;
+        Self {
+            snapshot,
+            config,
+            comparison,
+            question,
+            context: Context {
+                rulesets: &snapshot.rulesets,
+                links: &snapshot.kernel.links,
+                assumed: assumed.to_vec(),
+                final_chain: None,
+            },
+            connection: Connection::new(Some(protocol), Header::default()),
+            interface: String::new(),
+            uplink: None,
+            asked: None,
+            direction: Direction::There,
+            hops: Vec::new(),
+            passages: Vec::new(),
+            caveats: Vec::new(),
         }
     }
 
-    fn ask_uplink(&mut self, name: &UplinkName) -> Result<String, Stop> {
-        self.uplink = Some(name.clone());
-        if let Some(Some(link)) = self.inputs.comparison.links.get(name) {
-            self.asked = Some(link.address);
+    /// The outcome in a sentence, or the failure; an error where the kernel can't be asked.
+    pub fn run(&mut self) -> Result<Result<String, Failure>> {
+        let end = match &self.question.aim {
+            Aim::Uplink(name) => self.ask_uplink(name),
+            Aim::Address(address) => self.ask_address(*address),
+            Aim::FromLan(destination) => self.by_lan_host(*destination),
+        };
+        match end {
+            Ok(sentence) => Ok(Ok(sentence)),
+            Err(error) => error.downcast().map(Err),
+        }
+    }
+
+    fn ask_uplink(&mut self, name: &UplinkName) -> Result<String> {
+        self.uplink = self.config.uplinks.get_key_value(name);
+        if let Some(Some(link)) = self.comparison.links.get(name) {
             return self.by_client(link.interface.as_str(), link.address);
         }
-        let identity = &self.inputs.config.uplinks[name].identity;
-        let Some(interface) = &identity.interface else {
+        let Some(interface) = &self.config.uplinks[name].identity.interface else {
             return fail(
                 format!("{name} has no link: no installed entry tells which interface it uses"),
-                vec![format!("dial it, or: mh-hook up IFNAME --uplink {name}")],
+                [format!("dial it, or: mh-hook up IFNAME --uplink {name}")],
             );
         };
         let how = match self.link(interface.as_str()) {
@@ -141,284 +138,212 @@ impl<'a> Trace<'a> {
         };
         fail(
             format!("{name} has no link: {interface} {how}"),
-            vec![format!("dial it, then: mh-hook up {interface}")],
+            [format!("dial it, then: mh-hook up {interface}")],
         )
     }
 
-    fn ask_address(&mut self, address: Ipv4Addr) -> Result<String, Stop> {
+    fn ask_address(&mut self, address: Ipv4Addr) -> Result<String> {
         self.asked = Some(address);
-        let mut links = self.inputs.snapshot.kernel.links.iter();
+        let mut links = self.snapshot.kernel.links.iter();
         let Some((interface, _)) = links.find(|(_, link)| link.addresses.contains(&address)) else {
-            return fail(
-                format!("no link of this router has the address {address}"),
-                Vec::new(),
-            );
+            let why = format!("no link of this router has the address {address}");
+            return fail(why, []);
         };
         self.uplink = self.uplink_of(interface);
         self.by_client(interface, address)
     }
 
     /// A client's request that comes in by a link, and the reply.
-    fn by_client(&mut self, interface: &str, address: Ipv4Addr) -> Result<String, Stop> {
-        let (mut packet, mut connection) = self.begin(interface, address);
-        let owner = match &self.uplink {
-            Some(name) => format!(", the link of {name}"),
+    fn by_client(&mut self, interface: &str, address: Ipv4Addr) -> Result<String> {
+        let owner = match self.uplink {
+            Some((name, _)) => format!(", the link of {name}"),
             None => ", which is no uplink's".to_owned(),
         };
         self.hop("in", format!("by {interface}{owner}"), None);
-        let way = self.come_in(&mut packet, &mut connection)?;
+        let (packet, way) = self.request(interface, address)?;
         if way.is_local {
-            return self.own_service(packet, connection, interface);
+            return self.own_service(packet);
         }
-        self.pass_through(&way, &mut packet, &mut connection)?;
         let tuple = packet.header.tuple()?;
         let server = host(tuple);
-        if let Some(uplink) = self.uplink_of(&way.dev) {
+        let dev = &way.dev;
+        if let Some((uplink, _)) = self.uplink_of(dev) {
+            let destination = tuple.destination;
             return fail(
                 format!(
-                    "{server} is not on the LAN: the route to it is by {}, the link of {uplink}",
-                    way.dev
+                    "{server} is not on the LAN: the route to it is by {dev}, the link of {uplink}"
                 ),
-                vec![format!(
-                    "to = \"…\": the address of a LAN host; see ip route get {}",
-                    tuple.destination
+                [format!(
+                    "to = \"…\": the address of a LAN host; see ip route get {destination}"
                 )],
             );
         }
-        self.hop("out", format!("by {} to {server}", way.dev), None);
+        self.hop("out", format!("by {dev} to {server}"), None);
         self.neighbour(&way, tuple.destination)?;
         self.unanswered(tuple)?;
-        self.earlier_connections(connection.original.tuple()?, tuple)?;
-
-        let mut reply = self.reply_to(&packet, Some(way.dev.clone()));
-        self.hop("in", format!("by {} from {server}", way.dev), None);
-        let back = self.come_back(&mut reply, &mut connection)?;
-        self.pass_through(&back, &mut reply, &mut connection)?;
-        let sentence = self.leave(&back, &reply, &connection, interface)?;
-        self.go_on(&packet, &mut connection, interface)?;
-        Ok(sentence)
+        self.earlier_connections(tuple)?;
+        self.answer(&packet, &way)
     }
 
     /// A request to the router itself, and the reply.
-    fn own_service(
-        &mut self,
-        mut packet: Packet,
-        mut connection: Connection,
-        interface: &str,
-    ) -> Result<String, Stop> {
-        self.pass(Hook::Input, &mut packet, &mut connection)?;
-        self.listens(packet.header.tuple()?, &connection)?;
+    fn own_service(&mut self, mut packet: Packet) -> Result<String> {
+        self.pass(Hook::Input, &mut packet)?;
+        self.listens(packet.header.tuple()?)?;
         self.hop("host", "this router itself answers", None);
 
-        let mut reply = self.reply_to(&packet, None);
+        self.direction = Direction::Back;
+        let mut reply = packet.header.reply(None);
         let mut back = self.route(&reply)?;
         reply.oif = Some(back.dev.clone());
         let mark = reply.mark;
-        self.pass(Hook::Output, &mut reply, &mut connection)?;
+        self.pass(Hook::Output, &mut reply)?;
         if reply.mark != mark {
             // A packet whose mark changes in OUTPUT is routed again (`ipt_mangle_out`, net/ipv4/netfilter/iptable_mangle.c).
             back = self.route(&reply)?;
             reply.oif = Some(back.dev.clone());
         }
         self.report_route(&reply, &back)?;
-        self.pass(Hook::Postrouting, &mut reply, &mut connection)?;
-        self.leave(&back, &reply, &connection, interface)
+        self.pass(Hook::Postrouting, &mut reply)?;
+        self.leave(&back, &reply)
     }
 
     /// A LAN host's own request, and the reply.
-    fn by_lan_host(&mut self, destination: Ipv4Addr) -> Result<String, Stop> {
+    fn by_lan_host(&mut self, destination: Ipv4Addr) -> Result<String> {
         self.asked = Some(destination);
-        let host_address = self.inputs.question.source;
-        let interface = match self.inputs.snapshot.route_get(&host_address.to_string())? {
-            Ok(way) if self.leads_to_lan(&way) => way.dev,
-            Ok(way) => {
-                return fail(
-                    format!(
-                        "{host_address} is not on the LAN: this router reaches it by {}",
-                        way.dev
-                    ),
-                    Vec::new(),
-                );
+        let client = self.question.source;
+        let why = match self.snapshot.route_get(&client.to_string())? {
+            Ok(way) if self.leads_to_lan(&way) => return self.by_lan_link(&way.dev, destination),
+            Ok(RouteLookup { dev, .. }) => {
+                format!("{client} is not on the LAN: this router reaches it by {dev}")
             }
-            Err(words) => {
-                return fail(
-                    format!("this router has no route to {host_address}: {words}"),
-                    Vec::new(),
-                );
-            }
+            Err(words) => format!("this router has no route to {client}: {words}"),
         };
-        let (mut packet, mut connection) = self.begin(&interface, destination);
-        self.hop("in", format!("by {interface} from {host_address}"), None);
-        let way = self.come_in(&mut packet, &mut connection)?;
-        if way.is_local {
-            return self.own_service(packet, connection, &interface);
-        }
-        self.pass_through(&way, &mut packet, &mut connection)?;
-        let tuple = packet.header.tuple()?;
-        let source = tuple.source;
-        let server = host(tuple);
-        let as_whom = if connection.is_snat {
-            format!(" as {source}")
-        } else {
-            String::new()
-        };
-        self.hop("out", format!("by {} to {server}{as_whom}", way.dev), None);
-        if self.leads_to_lan(&way) {
-            self.neighbour(&way, tuple.destination)?;
-            if way.dev == interface && connection.is_dnat && !connection.is_snat {
-                return fail(
-                    format!(
-                        "{} answers {host_address} directly, with a source that {host_address} did not ask",
-                        tuple.destination
-                    ),
-                    self.fixes(&[]),
-                );
-            }
-        } else if self
-            .link(&way.dev)
-            .is_none_or(|link| !link.addresses.contains(&source))
-        {
-            let uplink = self.uplink_of(&way.dev);
-            let fixes = match &uplink {
-                Some(name) if !self.inputs.config.uplinks[name].masquerade => {
-                    vec![format!("[uplink.{name}] masquerade = true")]
-                }
-                _ => self.fixes(&[]),
-            };
-            return fail(
-                format!(
-                    "it leaves by {} with the source {source}, which is not an address of that link: the provider drops it",
-                    way.dev
-                ),
-                fixes,
-            );
-        }
-
-        let mut reply = self.reply_to(&packet, Some(way.dev.clone()));
-        self.hop("in", format!("by {} from {server}", way.dev), None);
-        let back = self.come_back(&mut reply, &mut connection)?;
-        self.pass_through(&back, &mut reply, &mut connection)?;
-        let sentence = self.leave(&back, &reply, &connection, &interface)?;
-        self.go_on(&packet, &mut connection, &interface)?;
-        Ok(sentence)
+        fail(why, [])
     }
 
-    /// One more packet each way: other rules may match, and marks may have changed. Reported only if one is lost.
-    fn go_on(
-        &mut self,
-        first: &Packet,
-        connection: &mut Connection,
-        interface: &str,
-    ) -> Result<(), Stop> {
+    fn by_lan_link(&mut self, interface: &str, destination: Ipv4Addr) -> Result<String> {
+        let client = self.question.source;
+        self.hop("in", format!("by {interface} from {client}"), None);
+        let (packet, way) = self.request(interface, destination)?;
+        if way.is_local {
+            return self.own_service(packet);
+        }
+        let tuple = packet.header.tuple()?;
+        let source = tuple.source;
+        let (dev, server) = (&way.dev, host(tuple));
+        let Connection {
+            is_dnat, is_snat, ..
+        } = self.connection;
+        let as_whom = is_snat.then(|| format!(" as {source}"));
+        let as_whom = as_whom.unwrap_or_default();
+        self.hop("out", format!("by {dev} to {server}{as_whom}"), None);
+        if self.leads_to_lan(&way) {
+            self.neighbour(&way, tuple.destination)?;
+            if dev == interface && is_dnat && !is_snat {
+                let server = tuple.destination;
+                let why = format!(
+                    "{server} answers {client} directly, with a source that {client} did not ask"
+                );
+                return fail(why, self.fixes([]));
+            }
+        } else if !self.has_address(dev, source) {
+            let fixes = match self.uplink_of(dev) {
+                Some((name, uplink)) if !uplink.masquerade => {
+                    vec![format!("[uplink.{name}] masquerade = true")]
+                }
+                _ => self.fixes([]),
+            };
+            let why = format!(
+                "it leaves by {dev} with the source {source}, which is not an address of that link: the provider drops it"
+            );
+            return fail(why, fixes);
+        }
+        self.answer(&packet, &way)
+    }
+
+    /// The reply to the first packet. Then one more packet each way: other rules may match, and marks may have changed.
+    /// Those are reported only if one is lost.
+    fn answer(&mut self, first: &Packet, way: &RouteLookup) -> Result<String> {
+        self.direction = Direction::Back;
+        let server = host(first.header.tuple()?);
+        self.hop("in", format!("by {} from {server}", way.dev), None);
+        let sentence = self.reply(first.header, way)?;
+
         let reported = self.hops.len();
         self.direction = Direction::Later;
         let mut packet = Packet {
-            oif: None,
-            header: connection.original,
-            mark: 0,
+            iif: first.iif.clone(),
+            header: self.connection.original,
             position: Position::Later,
-            ..first.clone()
+            ..Packet::default()
         };
-        self.pass(Hook::Prerouting, &mut packet, connection)?;
-        // conntrack translates the destination as it did for the first packet.
-        packet.header.destination = first.header.destination;
-        packet.header.destination_port = first.header.destination_port;
-        let way = self.route(&packet)?;
-        self.report_route(&packet, &way)?;
-        self.pass_through(&way, &mut packet, connection)?;
-        let mut reply = self.reply_to(first, Some(way.dev));
-        let back = self.come_back(&mut reply, connection)?;
-        self.pass_through(&back, &mut reply, connection)?;
-        self.leave(&back, &reply, connection, interface)?;
+        let way = self.come_in(&mut packet, Some(first.header))?;
+        self.pass_through(&way, &mut packet)?;
+        self.reply(first.header, &way)?;
         self.hops.truncate(reported);
-        Ok(())
+        Ok(sentence)
     }
 
-    /// The first packet, as it comes in by an interface.
-    fn begin(&self, interface: &str, destination: Ipv4Addr) -> (Packet, Connection) {
-        let Question {
-            source, service, ..
-        } = self.inputs.question;
-        let header = Header {
-            source: Some(*source),
+    /// The reply to a request that left this way.
+    fn reply(&mut self, request: Header, way: &RouteLookup) -> Result<String> {
+        let mut reply = request.reply(Some(way.dev.clone()));
+        let client = self.connection.original.reversed();
+        let back = self.come_in(&mut reply, Some(client))?;
+        self.pass_through(&back, &mut reply)?;
+        self.leave(&back, &reply)
+    }
+
+    /// The first packet, from the interface that it comes in by until it leaves or is for the router itself.
+    fn request(&mut self, interface: &str, destination: Ipv4Addr) -> Result<(Packet, RouteLookup)> {
+        let port = self.question.service.port;
+        self.interface = interface.to_owned();
+        self.asked = Some(destination);
+        self.connection.original = Header {
+            source: Some(self.question.source),
             destination: Some(destination),
-            source_port: service.port.map(|_| CLIENT_PORT),
-            destination_port: service.port,
+            source_port: port.map(|_| CLIENT_PORT),
+            destination_port: port,
         };
-        let packet = Packet {
+        let mut packet = Packet {
             iif: Some(interface.to_owned()),
-            oif: None,
-            header,
-            mark: 0,
-            position: Position::First,
+            header: self.connection.original,
+            ..Packet::default()
         };
-        (packet, Connection::new(Some(service.protocol), header))
+        let way = self.come_in(&mut packet, None)?;
+        if !way.is_local {
+            self.pass_through(&way, &mut packet)?;
+        }
+        Ok((packet, way))
     }
 
-    /// The reply to a packet, as the receiver sends it.
-    fn reply_to(&mut self, packet: &Packet, iif: Option<String>) -> Packet {
-        if self.direction == Direction::There {
-            self.direction = Direction::Back;
+    /// PREROUTING and the routing decision. Before that, conntrack translates the destination of a packet that is not the
+    /// first to the one of a header that it knows.
+    fn come_in(&mut self, packet: &mut Packet, known: Option<Header>) -> Result<RouteLookup> {
+        self.pass(Hook::Prerouting, packet)?;
+        if let Some(known) = known {
+            packet.header.destination = known.destination;
+            packet.header.destination_port = known.destination_port;
         }
-        Packet {
-            iif,
-            oif: None,
-            header: packet.header.reversed(),
-            mark: 0,
-            position: Position::Reply,
-        }
-    }
-
-    /// PREROUTING and the routing decision.
-    fn come_in(
-        &mut self,
-        packet: &mut Packet,
-        connection: &mut Connection,
-    ) -> Result<RouteLookup, Stop> {
-        self.pass(Hook::Prerouting, packet, connection)?;
         let way = self.route(packet)?;
         self.report_route(packet, &way)?;
         Ok(way)
     }
 
-    /// The same for a reply. Before routing, conntrack translates the destination back.
-    fn come_back(
-        &mut self,
-        reply: &mut Packet,
-        connection: &mut Connection,
-    ) -> Result<RouteLookup, Stop> {
-        self.pass(Hook::Prerouting, reply, connection)?;
-        reply.header.destination = connection.original.source;
-        let way = self.route(reply)?;
-        self.report_route(reply, &way)?;
-        Ok(way)
-    }
-
     /// FORWARD and POSTROUTING.
-    fn pass_through(
-        &mut self,
-        way: &RouteLookup,
-        packet: &mut Packet,
-        connection: &mut Connection,
-    ) -> Result<(), Stop> {
+    fn pass_through(&mut self, way: &RouteLookup, packet: &mut Packet) -> Result<()> {
         packet.oif = Some(way.dev.clone());
-        self.pass(Hook::Forward, packet, connection)?;
-        self.pass(Hook::Postrouting, packet, connection)
+        self.pass(Hook::Forward, packet)?;
+        self.pass(Hook::Postrouting, packet)
     }
 
     /// Whether the reply leaves by the link and with the address that the client asked.
-    fn leave(
-        &mut self,
-        back: &RouteLookup,
-        reply: &Packet,
-        connection: &Connection,
-        interface: &str,
-    ) -> Result<String, Stop> {
+    fn leave(&mut self, back: &RouteLookup, reply: &Packet) -> Result<String> {
         // After POSTROUTING, conntrack gives the reply the address that was asked.
-        let address = connection.original.tuple()?.destination;
-        self.hop("out", format!("by {} as {address}", back.dev), None);
-        let client = self.inputs.question.source;
-        if back.dev == interface {
+        let address = self.connection.original.tuple()?.destination;
+        let (dev, client) = (&back.dev, self.question.source);
+        self.hop("out", format!("by {dev} as {address}"), None);
+        let interface = &self.interface;
+        if dev == interface {
             let server = match &reply.iif {
                 None => "this router".into(),
                 Some(_) => host(reply.header.reversed().tuple()?),
@@ -427,24 +352,21 @@ impl<'a> Trace<'a> {
                 "{server} gets it, and the reply goes back to {client} by {interface}, as {address}"
             ));
         }
-        let elsewhere = self.link(&back.dev);
-        if elsewhere.is_some_and(|link| link.addresses.contains(&address)) {
+        if self.has_address(dev, address) {
             return Ok(format!(
-                "the reply goes back to {client} by {}, as {address}, which is an address of that link too",
-                back.dev
+                "the reply goes back to {client} by {dev}, as {address}, which is an address of that link too"
             ));
         }
-        let Failure { why, fixes } = self.why_wrong_link(back, reply, connection)?;
+        let Failure { why, fixes } = self.why_wrong_link(back, reply)?;
         fail(
             format!(
-                "the reply leaves by {}, not by {interface}: {address} is not an address of {}, and its provider drops it; {why}",
-                back.dev, back.dev
+                "the reply leaves by {dev}, not by {interface}: {address} is not an address of {dev}, and its provider drops it; {why}"
             ),
             fixes,
         )
     }
 
-    pub(super) fn hop(&mut self, at: &'static str, what: impl Into<String>, rule: Option<Place>) {
+    pub fn hop(&mut self, at: &'static str, what: impl Into<String>, rule: Option<Place>) {
         self.hops.push(Hop {
             direction: self.direction,
             at,
@@ -454,44 +376,28 @@ impl<'a> Trace<'a> {
     }
 
     /// Sends a packet through iptables at a hook, and reports what happens there.
-    fn pass(
-        &mut self,
-        hook: Hook,
-        packet: &mut Packet,
-        connection: &mut Connection,
-    ) -> Result<(), Stop> {
-        let Passage {
-            stopped,
-            accepted,
-            nat,
-            untracked,
-            marks,
-            doubts,
-        } = self.context.pass(hook, packet, connection);
-        self.doubts.extend(doubts);
-        for change in marks {
-            let of = if change.of_connection {
-                "connection"
-            } else {
-                "packet"
+    fn pass(&mut self, hook: Hook, packet: &mut Packet) -> Result<()> {
+        let passage = self.context.pass(hook, packet, &mut self.connection);
+        self.passages.push(passage.clone());
+        for change in passage.marks {
+            let of = match change.of_connection {
+                true => "connection",
+                false => "packet",
             };
             let what = format!("{of} mark {:#x}", change.mark);
-            self.hop("mark", what, Some(change.place.clone()));
-            self.marks.push(change);
+            self.hop("mark", what, Some(change.place));
         }
-        if let Some(place) = untracked {
-            let what = "not tracked, so not translated";
-            self.hop("nat", what, Some(place.clone()));
-            self.untracked = Some(place);
+        let translated = match hook {
+            Hook::Postrouting | Hook::Input => "source translated",
+            _ => "destination translated",
+        };
+        let untracked = "not tracked, so not translated";
+        for (what, place) in [(untracked, passage.untracked), (translated, passage.nat)] {
+            if place.is_some() {
+                self.hop("nat", what, place);
+            }
         }
-        if let Some(place) = nat {
-            let what = match hook {
-                Hook::Postrouting | Hook::Input => "source translated",
-                _ => "destination translated",
-            };
-            self.hop("nat", what, Some(place));
-        }
-        if let Some(place) = stopped {
+        if let Some(place) = passage.stopped {
             let what = format!("stopped in {}", hook.chain());
             self.hop("filter", what, Some(place.clone()));
             let whose = match self.direction {
@@ -502,14 +408,15 @@ impl<'a> Trace<'a> {
             let fixes = self.fix_filter(hook, &place);
             return fail(format!("the {whose} is stopped by {place}"), fixes);
         }
-        if let Some(place) = accepted.into_iter().rfind(|it| it.table == "filter") {
+        let mut accepted = passage.accepted.into_iter();
+        if let Some(place) = accepted.rfind(|it| it.table == "filter") {
             self.hop("filter", format!("passes {}", hook.chain()), Some(place));
         }
         Ok(())
     }
 
     /// Asks the kernel where it routes a packet.
-    fn route(&mut self, packet: &Packet) -> Result<RouteLookup, Stop> {
+    fn route(&mut self, packet: &Packet) -> Result<RouteLookup> {
         let tuple = packet.header.tuple()?;
         let mut question = format!("{} from {}", tuple.destination, tuple.source);
         if let Some(iif) = &packet.iif {
@@ -519,112 +426,100 @@ impl<'a> Trace<'a> {
             question += &format!(" mark {:#x}", packet.mark);
         }
         // Other protocols can't be asked for (`rtm_getroute_parse_ip_proto`, net/ipv4/fib_frontend.c).
-        let protocol = self.inputs.question.service.protocol;
+        let protocol = self.question.service.protocol;
         if let Some((source, destination)) = tuple.ports
             && protocol != Protocol::Sctp
         {
             let number = protocol.number();
             question += &format!(" ipproto {number} sport {source} dport {destination}");
         }
-        match self.inputs.snapshot.route_get(&question)? {
+        match self.snapshot.route_get(&question)? {
             Ok(way) => Ok(way),
             Err(words) => self.no_route(packet, &words),
         }
     }
 
-    fn report_route(&mut self, packet: &Packet, way: &RouteLookup) -> Result<(), Stop> {
+    fn report_route(&mut self, packet: &Packet, way: &RouteLookup) -> Result<()> {
         if let Some(iif) = &packet.iif {
-            let what = match self.inputs.snapshot.rp_filter(iif) {
+            let what = match self.snapshot.rp_filter(iif) {
                 0 => "off",
                 1 => "strict",
                 _ => "loose",
             };
             self.hop("rp_filter", format!("{what} on {iif}: passes"), None);
         }
-        let table = way.table.unwrap_or(TableId::MAIN);
-        if let Some(rule) = self.rule_for(packet, way.table)? {
-            let text = rule.listed();
-            self.hop("rule", text, None);
+        if let Some(rule) = self.rule_for(packet, way)? {
+            self.hop("rule", rule.listed(), None);
         }
         let what = if way.is_local {
             "to the router itself".to_owned()
         } else {
             let via = way.via.as_ref().map(|via| format!(" via {via}"));
-            format!("dev {}{}, table {table}", way.dev, via.unwrap_or_default())
+            let (via, table) = (via.unwrap_or_default(), table_of(way));
+            format!("dev {}{via}, table {table}", way.dev)
         };
         self.hop("route", what, None);
         Ok(())
     }
 
-    pub(super) fn rules(&self) -> impl Iterator<Item = &'a RouteRule> + use<'a> {
-        self.inputs.snapshot.kernel.routing.rules.iter()
-    }
-
     /// The first rule that sends such a packet to the table that the kernel says has decided.
-    pub(super) fn rule_for(
-        &self,
-        packet: &Packet,
-        table: Option<TableId>,
-    ) -> Result<Option<&'a RouteRule>> {
-        let table = table.unwrap_or(TableId::MAIN);
+    pub fn rule_for(&self, packet: &Packet, way: &RouteLookup) -> Result<Option<&'a RouteRule>> {
         let tuple = packet.header.tuple()?;
         let has =
             |network: Option<Ipv4Network>, address| network.is_none_or(|it| it.contains(address));
-        let is_on_link = self.is_on_link(tuple.destination);
-        Ok(self.rules().find(|rule| {
-            let iif = &rule.iif;
-            rule.table() == Some(table)
+        // By a route of the main table other than a default route.
+        let mut routes = self.snapshot.kernel.routing.routes.iter();
+        let is_on_link = routes.any(|route| {
+            let is_main = route.table == TableId::MAIN && !route.is_default();
+            is_main && route.destination.contains(tuple.destination)
+        });
+        let mut rules = self.snapshot.kernel.routing.rules.iter();
+        Ok(rules.find(|rule| {
+            rule.table() == Some(table_of(way))
                 && has(rule.from, tuple.source)
                 && has(rule.to, tuple.destination)
-                && iif
-                    .as_ref()
-                    .is_none_or(|iif| packet.iif.as_ref() == Some(iif))
+                && (rule.iif.is_none() || rule.iif == packet.iif)
                 && rule.fwmark.is_none_or(|mark| mark.matches(packet.mark))
                 && rule.rest.is_empty()
                 && (rule.suppress_prefixlength.is_none() || is_on_link)
         }))
     }
 
-    /// Whether a route of the main table other than a default route leads to the address.
-    fn is_on_link(&self, address: Ipv4Addr) -> bool {
-        let mut routes = self.inputs.snapshot.kernel.routing.routes.iter();
-        routes.any(|route| {
-            let is_main = route.table == TableId::MAIN && !route.is_default();
-            is_main && route.destination.contains(address)
-        })
-    }
-
     /// Whether a route leads to one of the LAN's interfaces, or to a host on another link that is no uplink's: `[lan]` need
     /// not name the bridges of containers.
     fn leads_to_lan(&self, way: &RouteLookup) -> bool {
-        let mut interfaces = self.inputs.config.lan.interfaces.iter();
+        let mut interfaces = self.config.lan.interfaces.iter();
         let is_lan = interfaces.any(|lan| is_interface(lan.as_str(), Some(&way.dev)));
         let is_near = way.via.is_none() && self.uplink_of(&way.dev).is_none();
         !way.is_local && (is_lan || is_near)
     }
 
-    pub(super) fn link(&self, interface: &str) -> Option<&'a Link> {
-        self.inputs.snapshot.kernel.links.get(interface)
+    fn link(&self, interface: &str) -> Option<&'a Link> {
+        self.snapshot.kernel.links.get(interface)
     }
 
-    /// The uplink whose address is asked, with its configuration.
-    pub(super) fn asked_uplink(&self) -> Option<(&'a UplinkName, &'a Uplink)> {
-        let name = self.uplink.as_ref()?;
-        self.inputs.config.uplinks.get_key_value(name)
+    fn has_address(&self, interface: &str, address: Ipv4Addr) -> bool {
+        self.link(interface)
+            .is_some_and(|link| link.addresses.contains(&address))
     }
 
-    fn uplink_of(&self, interface: &str) -> Option<UplinkName> {
-        let mut links = self.inputs.comparison.links.iter();
-        let found = links.find(|(_, link)| {
-            let link = link.as_ref();
-            link.is_some_and(|link| link.interface.as_str() == interface)
-        });
-        found.map(|(name, _)| name.clone())
+    fn uplink_of(&self, interface: &str) -> Option<(&'a UplinkName, &'a Uplink)> {
+        let mut links = self.comparison.links.iter();
+        let (name, _) = links.find(|(_, link)| {
+            link.as_ref()
+                .is_some_and(|link| link.interface.as_str() == interface)
+        })?;
+        self.config.uplinks.get_key_value(name)
     }
 }
 
+/// The table that has decided: `ip` does not print main.
+pub fn table_of(way: &RouteLookup) -> TableId {
+    way.table.unwrap_or(TableId::MAIN)
+}
+
 /// The destination: `192.168.0.2:80`
-pub(super) fn host(tuple: Tuple) -> String {
+pub fn host(tuple: Tuple) -> String {
     match tuple.ports {
         Some((_, port)) => format!("{}:{port}", tuple.destination),
         None => tuple.destination.to_string(),

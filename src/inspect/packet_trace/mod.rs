@@ -13,11 +13,10 @@ use std::net::Ipv4Addr;
 use std::rc::Rc;
 use std::slice;
 
-use ipnetwork::Ipv4Network;
 use serde::{Serialize, Serializer};
 
 pub use self::packet::{Connection, Header, Packet, Position};
-use self::ruleset::{ACK, Chains, FIN, Match, PSH, SYN, Selector, Target, TracedRule, URG};
+use self::ruleset::{Chains, Match, Selector, Side, Target, TracedChain, TracedRule, is_listed};
 pub use self::ruleset::{Effect, MarkAction, TracedRuleset};
 use crate::kernel::link::Links;
 use crate::kernel::tools::Backend;
@@ -60,7 +59,6 @@ impl Hook {
 /// A rule or a policy, and where it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Place {
-    /// The backend that has the rule.
     #[serde(serialize_with = "as_text")]
     pub backend: Backend,
     pub table: &'static str,
@@ -75,7 +73,10 @@ pub struct Place {
     pub packets: Option<u64>,
 }
 
-fn as_text<S: Serializer>(it: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn as_text<S: Serializer>(
+    it: &impl fmt::Display,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
     serializer.collect_str(it)
 }
 
@@ -87,12 +88,7 @@ impl Place {
 
     /// `iptables-nft -t filter -D FORWARD 3`
     pub fn command(&self, flag: &str, rest: &str) -> String {
-        let Self {
-            backend,
-            table,
-            chain,
-            ..
-        } = self;
+        let (backend, table, chain) = (self.backend, self.table, &self.chain);
         format!("{backend} -t {table} {flag} {chain} {rest}")
     }
 }
@@ -100,14 +96,8 @@ impl Place {
 /// `rule 3 of FORWARD in filter (iptables-nft): -j DROP`
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            backend,
-            table,
-            chain,
-            number,
-            text,
-            ..
-        } = self;
+        let (backend, table, chain) = (self.backend, self.table, &self.chain);
+        let (number, text) = (self.number, &self.text);
         match number {
             0 => write!(f, "the {text} of {chain} in {table} ({backend})"),
             _ => write!(f, "rule {number} of {chain} in {table} ({backend}): {text}"),
@@ -115,7 +105,7 @@ impl fmt::Display for Place {
     }
 }
 
-/// A change of a mark.
+/// A change of a mark by a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MarkChange {
     pub place: Place,
@@ -277,14 +267,6 @@ impl Context<'_> {
     }
 }
 
-/// Whether a rule matches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fit {
-    Yes,
-    No,
-    Maybe,
-}
-
 /// How the evaluation of a chain ended.
 #[derive(Debug)]
 enum End {
@@ -319,21 +301,31 @@ impl Evaluation<'_> {
     fn built_in_chain(&mut self) -> End {
         let end = self.chain(self.hook.chain(), 0);
         let chain = self.chains.get(self.hook.chain());
-        let policy = chain.and_then(|chain| Some((&chain.name, chain.policy.as_ref()?)));
-        let (End::Returned, Some((name, policy))) = (&end, policy) else {
+        let policy = chain.and_then(|chain| Some((chain, chain.policy.as_ref()?)));
+        let (End::Returned, Some((chain, policy))) = (&end, policy) else {
             return end;
         };
-        let place = Place {
-            backend: self.backend,
-            table: self.table,
-            chain: Rc::clone(name),
-            number: 0,
-            text: Rc::clone(policy),
-            packets: None,
-        };
+        let place = self.place(chain, 0, policy, None);
         match policy.strip_prefix("policy ") {
             Some("ACCEPT") => End::Accepted(place),
             _ => End::Stopped(place),
+        }
+    }
+
+    fn place(
+        &self,
+        chain: &TracedChain,
+        number: usize,
+        text: &Rc<str>,
+        packets: Option<u64>,
+    ) -> Place {
+        Place {
+            backend: self.backend,
+            table: self.table,
+            chain: Rc::clone(&chain.name),
+            number,
+            text: Rc::clone(text),
+            packets,
         }
     }
 
@@ -347,24 +339,17 @@ impl Evaluation<'_> {
             if self.rules > MAX_RULES {
                 break;
             }
-            let fit = self.fit(rule);
-            if fit == Fit::No || rule.target == Target::Continue {
+            let fits = self.fits(rule);
+            if fits == Some(false) || rule.target == Target::Continue {
                 continue;
             }
-            let place = Place {
-                backend: self.backend,
-                table: self.table,
-                chain: Rc::clone(&chain.name),
-                number,
-                text: Rc::clone(&rule.text),
-                packets: Some(rule.packets),
-            };
+            let place = self.place(chain, number, &rule.text, Some(rule.packets));
             let mut assumed = self.context.assumed.iter();
             let assumed = assumed.rfind(|doubt| doubt.place == place);
-            let end = match (fit, assumed.map(|doubt| doubt.event)) {
+            let end = match (fits, assumed.map(|doubt| doubt.event)) {
                 (_, Some(Event::Accepts)) => Some(End::Accepted(place)),
                 (_, Some(Event::Stops)) => Some(End::Stopped(place)),
-                (Fit::Maybe, None) => {
+                (None, None) => {
                     self.doubt(rule, place);
                     None
                 }
@@ -396,35 +381,39 @@ impl Evaluation<'_> {
 
     /// Carries out the target of a rule that matches; none where the next rule follows.
     fn target(&mut self, rule: &TracedRule, place: Place, depth: usize) -> Option<End> {
-        let header = &mut self.packet.header;
         match &rule.target {
-            Target::Continue => return None,
+            Target::Continue => {}
             Target::Accept => return Some(End::Accepted(place)),
             Target::Stop => return Some(End::Stopped(place)),
             Target::Return => return Some(End::Returned),
-            Target::Undecided => {
-                self.doubt(rule, place);
-                return None;
-            }
+            Target::Undecided => self.doubt(rule, place),
             Target::Notrack => {
                 self.connection.is_untracked = true;
                 self.passage.untracked = Some(place);
-                return None;
             }
-            Target::Mark(action) => {
-                self.mark(*action, place);
-                return None;
-            }
-            Target::Chain { name, is_goto } => {
-                if self.table == "nat" && self.context.final_chain == Some(name) {
-                    self.passage.nat = Some(place.clone());
-                    return Some(End::Accepted(place));
+            Target::Mark(action) => self.mark(*action, place),
+            Target::Jump(name) | Target::Goto(name)
+                if self.table != "nat" || self.context.final_chain != Some(name) =>
+            {
+                match self.chain(name, depth + 1) {
+                    End::Returned if matches!(rule.target, Target::Jump(_)) => {}
+                    end => return Some(end),
                 }
-                return match self.chain(name, depth + 1) {
-                    End::Returned if !is_goto => None,
-                    end => Some(end),
-                };
             }
+            translation => {
+                self.translate(translation);
+                self.passage.nat = Some(place.clone());
+                return Some(End::Accepted(place));
+            }
+        }
+        None
+    }
+
+    /// Changes an address, and the port with it. What the chain that ends the evaluation would do is not known.
+    fn translate(&mut self, target: &Target) {
+        let header = &mut self.packet.header;
+        let is_dnat = matches!(self.hook, Hook::Prerouting | Hook::Output);
+        match target {
             Target::DestinationNat(address, port) => {
                 header.destination = address.or(header.destination);
                 header.destination_port = port.or(header.destination_port);
@@ -441,27 +430,24 @@ impl Evaluation<'_> {
                 header.source = address.or(header.source);
             }
             Target::NetMap(network) => {
-                let address = match self.hook {
-                    Hook::Prerouting | Hook::Output => &mut header.destination,
-                    _ => &mut header.source,
+                let address = if is_dnat {
+                    &mut header.destination
+                } else {
+                    &mut header.source
                 };
                 *address = address.map(|address| (address & !network.mask()) | network.network());
             }
+            _ => return,
         }
-        // What is left are translations.
-        match self.hook {
-            Hook::Prerouting | Hook::Output => self.connection.is_dnat = true,
-            _ => self.connection.is_snat = true,
+        if is_dnat {
+            self.connection.is_dnat = true;
+        } else {
+            self.connection.is_snat = true;
         }
-        self.passage.nat = Some(place.clone());
-        Some(End::Accepted(place))
     }
 
     fn mark(&mut self, action: MarkAction, place: Place) {
-        let of_connection = matches!(
-            action,
-            MarkAction::SetConnection(_) | MarkAction::Save { .. }
-        );
+        let of_connection = matches!(action, MarkAction::SetConnection(_) | MarkAction::Save(..));
         if !self.is_tracked() && !matches!(action, MarkAction::SetPacket(_)) {
             return;
         }
@@ -482,87 +468,91 @@ impl Evaluation<'_> {
         self.table != "raw" && !self.connection.is_untracked
     }
 
-    fn fit(&self, rule: &TracedRule) -> Fit {
-        let mut fit = Fit::Yes;
+    /// Whether the rule matches; none where that is not known.
+    fn fits(&self, rule: &TracedRule) -> Option<bool> {
+        let mut fits = Some(true);
         for one in &rule.matches {
             match self.holds(one) {
-                Some(holds) if holds == one.is_negated => return Fit::No,
+                Some(holds) if holds == one.is_negated => return Some(false),
                 Some(_) => {}
-                None => fit = Fit::Maybe,
+                None => fits = None,
             }
         }
-        fit
+        fits
     }
 
     /// Whether what the option asks for is so, before negation; none where that is not known.
     fn holds(&self, one: &Match) -> Option<bool> {
         let (packet, connection) = (&*self.packet, &*self.connection);
-        let Packet {
-            header, position, ..
-        } = packet;
-        let original = &connection.original;
+        let is_reply = packet.position == Position::Reply;
         match &one.selector {
-            Selector::Source(network) => in_network(network, header.source),
-            Selector::Destination(network) => in_network(network, header.destination),
+            // Without a connection these never match, negated or not (`connmark_mt`, `conntrack_mt`,
+            // net/netfilter/xt_connmark.c, xt_conntrack.c).
+            Selector::ConnectionMark(_)
+            | Selector::IsReply(_)
+            | Selector::Address(Side::OriginalSource | Side::OriginalDestination, ..)
+            | Selector::Port(Side::OriginalDestination, _)
+                if !self.is_tracked() =>
+            {
+                Some(one.is_negated)
+            }
+            Selector::Address(_, Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST) => Some(true),
+            Selector::Address(side, first, last) => {
+                let address = self.side(*side).0?;
+                Some((*first..=*last).contains(&address))
+            }
+            Selector::AddressType(side, kinds) => self.has_type(kinds, self.side(*side).0?),
+            Selector::Port(side, ports) => in_ports(ports, self.side(*side).1),
+            Selector::EitherPort(ports) => {
+                let source = in_ports(ports, self.side(Side::Source).1);
+                let destination = in_ports(ports, self.side(Side::Destination).1);
+                match source {
+                    Some(true) => source,
+                    Some(false) => destination,
+                    None => destination.filter(|is_in| *is_in),
+                }
+            }
             Selector::InInterface(pattern) => Some(is_interface(pattern, packet.iif.as_deref())),
             Selector::OutInterface(pattern) => Some(is_interface(pattern, packet.oif.as_deref())),
             Selector::Protocol(protocol) => connection.protocol.map(|it| Some(it) == *protocol),
             // Neither connections nor forwards have to do with fragments: conntrack puts packets together.
             Selector::Fragment => Some(false),
-            Selector::SourcePort(ports) => in_ports(ports, header.source_port),
-            Selector::DestinationPort(ports) => in_ports(ports, header.destination_port),
-            Selector::EitherPort(ports) => either(
-                in_ports(ports, header.source_port),
-                in_ports(ports, header.destination_port),
-            ),
-            Selector::TcpFlags { mask, set } => {
+            Selector::TcpFlags(asked, set) => {
                 connection.protocol?;
-                let (flags, unknown) = match position {
-                    Position::First => (SYN, 0),
-                    Position::Reply => (SYN | ACK, 0),
-                    Position::Later => (ACK, FIN | PSH | URG),
+                let (flags, unknown) = match packet.position {
+                    Position::First => ("SYN", ""),
+                    Position::Reply => ("SYN ACK", ""),
+                    Position::Later => ("ACK", "FIN PSH URG"),
                 };
-                if (flags ^ set) & mask & !unknown != 0 {
+                let mut known = asked.iter().filter(|flag| !is_listed(unknown, flag));
+                if known.any(|flag| is_listed(flags, flag) != set.contains(flag)) {
                     return Some(false);
                 }
-                (mask & unknown == 0).then_some(true)
+                let is_known = !asked.iter().any(|flag| is_listed(unknown, flag));
+                is_known.then_some(true)
             }
             // An echo and its reply.
             Selector::IcmpType(kind) => {
-                let echo = match position {
-                    Position::Reply => 0,
-                    Position::First | Position::Later => 8,
-                };
+                let echo = if is_reply { 0 } else { 8 };
                 Some(kind.is_none_or(|kind| kind == echo))
             }
             Selector::Mark(mark) => Some(mark.matches(packet.mark)),
-            Selector::State(states) => Some(states.iter().any(|state| self.is_in_state(state))),
-            // Without a connection these never match, negated or not (`connmark_mt`, `conntrack_mt`,
-            // net/netfilter/xt_connmark.c, xt_conntrack.c).
-            Selector::ConnectionMark(_)
-            | Selector::IsReply(_)
-            | Selector::OriginalSource(_)
-            | Selector::OriginalDestination(_)
-            | Selector::OriginalDestinationPort(_)
-                if !self.is_tracked() =>
-            {
-                Some(one.is_negated)
-            }
             Selector::ConnectionMark(mark) => Some(mark.matches(connection.mark)),
-            Selector::IsReply(is_reply) => Some(*is_reply == (*position == Position::Reply)),
-            Selector::OriginalSource(network) => in_network(network, original.source),
-            Selector::OriginalDestination(network) => in_network(network, original.destination),
-            Selector::OriginalDestinationPort(ports) => in_ports(ports, original.destination_port),
-            Selector::SourceType(kinds) => self.has_type(kinds, header.source),
-            Selector::DestinationType(kinds) => self.has_type(kinds, header.destination),
-            Selector::SourceRange(first, last) => {
-                header.source.map(|it| (first..=last).contains(&&it))
-            }
-            Selector::DestinationRange(first, last) => {
-                header.destination.map(|it| (first..=last).contains(&&it))
-            }
+            Selector::State(states) => Some(states.iter().any(|state| self.is_in_state(state))),
+            Selector::IsReply(asked) => Some(*asked == is_reply),
             Selector::IsUnicast(is_unicast) => Some(*is_unicast),
             Selector::Unknown => None,
+        }
+    }
+
+    /// The address and port of a side.
+    fn side(&self, side: Side) -> (Option<Ipv4Addr>, Option<u16>) {
+        let (header, original) = (&self.packet.header, &self.connection.original);
+        match side {
+            Side::Source => (header.source, header.source_port),
+            Side::Destination => (header.destination, header.destination_port),
+            Side::OriginalSource => (original.source, original.source_port),
+            Side::OriginalDestination => (original.destination, original.destination_port),
         }
     }
 
@@ -583,8 +573,7 @@ impl Evaluation<'_> {
     }
 
     /// Whether the kernel routes the address as one of these types; that of subnets' broadcast addresses is not known.
-    fn has_type(&self, kinds: &[String], address: Option<Ipv4Addr>) -> Option<bool> {
-        let address = address?;
+    fn has_type(&self, kinds: &[String], address: Ipv4Addr) -> Option<bool> {
         let kind = if self.context.is_own(address) {
             "LOCAL"
         } else if address.is_multicast() {
@@ -594,14 +583,9 @@ impl Evaluation<'_> {
         } else {
             "UNICAST"
         };
-        let is_known = |kind: &String| {
-            matches!(
-                kind.as_str(),
-                "LOCAL" | "MULTICAST" | "BROADCAST" | "UNICAST" | "UNSPEC" | "ANYCAST"
-            )
-        };
+        let known = "LOCAL MULTICAST BROADCAST UNICAST UNSPEC ANYCAST";
         let has = kinds.iter().any(|it| it == kind);
-        (has || kinds.iter().all(is_known)).then_some(has)
+        (has || kinds.iter().all(|it| is_listed(known, it))).then_some(has)
     }
 }
 
@@ -614,22 +598,7 @@ pub fn is_interface(pattern: &str, interface: Option<&str>) -> bool {
     }
 }
 
-fn in_network(network: &Ipv4Network, address: Option<Ipv4Addr>) -> Option<bool> {
-    if network.prefix() == 0 {
-        return Some(true);
-    }
-    Some(network.contains(address?))
-}
-
 fn in_ports(ranges: &[PortRange], port: Option<u16>) -> Option<bool> {
     let port = port?;
     Some(ranges.iter().any(|range| range.contains(port)))
-}
-
-fn either(one: Option<bool>, other: Option<bool>) -> Option<bool> {
-    match (one, other) {
-        (Some(true), _) | (_, Some(true)) => Some(true),
-        (Some(false), Some(false)) => Some(false),
-        _ => None,
-    }
 }

@@ -8,7 +8,7 @@ use crate::kernel::conntrack::Tuple;
 use crate::model::forward::Protocol;
 
 /// A packet on its way, or all packets that are alike in what is known here.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Packet {
     /// The interface that the packet came in by; none for one that the router sends.
     pub iif: Option<String>,
@@ -41,22 +41,32 @@ impl Header {
         }
     }
 
+    /// The reply to a packet that arrives with this header, as the receiver sends it.
+    pub fn reply(self, iif: Option<String>) -> Packet {
+        Packet {
+            iif,
+            header: self.reversed(),
+            position: Position::Reply,
+            ..Packet::default()
+        }
+    }
+
     /// The header of a packet whose addresses are known.
     /// Errors: an address is not known.
     pub fn tuple(self) -> Result<Tuple> {
+        let destination = self.destination;
         Ok(Tuple {
             source: self.source.context("the packet's source is not known")?,
-            destination: self
-                .destination
-                .context("the packet's destination is not known")?,
+            destination: destination.context("the packet's destination is not known")?,
             ports: self.source_port.zip(self.destination_port),
         })
     }
 }
 
 /// A packet's place in its connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Position {
+    #[default]
     First,
     Reply,
     /// A packet of the same direction as the first, after a reply.
@@ -64,7 +74,7 @@ pub enum Position {
 }
 
 /// The connection that a packet belongs to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Connection {
     /// None where it is not known.
     pub protocol: Option<Protocol>,
@@ -85,10 +95,7 @@ impl Connection {
         Self {
             protocol,
             original,
-            is_dnat: false,
-            is_snat: false,
-            is_untracked: false,
-            mark: 0,
+            ..Self::default()
         }
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::rc::Rc;
+use std::str::FromStr;
 
 use ipnetwork::Ipv4Network;
 
@@ -53,39 +54,38 @@ pub struct Match {
 /// An option of a match, with its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Selector {
-    Source(Ipv4Network),
-    Destination(Ipv4Network),
+    /// One of these, from the first to the last.
+    Address(Side, Ipv4Addr, Ipv4Addr),
+    AddressType(Side, Vec<String>),
+    Port(Side, Vec<PortRange>),
+    EitherPort(Vec<PortRange>),
     InInterface(String),
     OutInterface(String),
     /// None for a protocol that no forward can have.
     Protocol(Option<Protocol>),
     /// `-f`: a fragment other than the first.
     Fragment,
-    SourcePort(Vec<PortRange>),
-    DestinationPort(Vec<PortRange>),
-    EitherPort(Vec<PortRange>),
-    /// Those of the flags in `mask` that are set are the ones in `set`.
-    TcpFlags {
-        mask: u8,
-        set: u8,
-    },
+    /// Those of the first flags that are set are the second ones.
+    TcpFlags(Vec<&'static str>, Vec<&'static str>),
     /// None for any type.
     IcmpType(Option<u8>),
     Mark(FwMark),
     ConnectionMark(FwMark),
     State(Vec<String>),
     IsReply(bool),
-    OriginalSource(Ipv4Network),
-    OriginalDestination(Ipv4Network),
-    OriginalDestinationPort(Vec<PortRange>),
-    SourceType(Vec<String>),
-    DestinationType(Vec<String>),
-    SourceRange(Ipv4Addr, Ipv4Addr),
-    DestinationRange(Ipv4Addr, Ipv4Addr),
     /// Whether `--pkt-type` asks for packets to this host alone.
     IsUnicast(bool),
     /// Depends on more than the packet and its connection (`set`, `limit`), or is not known here.
     Unknown,
+}
+
+/// A side of the packet as it is now, or of the connection's first packet as it came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Source,
+    Destination,
+    OriginalSource,
+    OriginalDestination,
 }
 
 /// What a rule does with a packet.
@@ -113,12 +113,10 @@ pub enum Target {
     Masquerade,
     /// Translates the network's part of an address: of the destination, or after routing, of the source.
     NetMap(Ipv4Network),
-    /// Jumps to a user-defined chain (`-j`), or goes there without coming back (`-g`).
-    Chain {
-        name: String,
-        /// Whether it is `-g`.
-        is_goto: bool,
-    },
+    /// Goes to a user-defined chain (`-j`), and comes back at its end.
+    Jump(String),
+    /// Goes to a user-defined chain (`-g`), at whose end this chain ends too.
+    Goto(String),
     /// A program accepts or drops the packet (`NFQUEUE`), or the target is not known here.
     Undecided,
 }
@@ -130,20 +128,12 @@ pub enum MarkAction {
     SetPacket(FwMark),
     /// Does so with the connection's mark.
     SetConnection(FwMark),
-    /// Copies the packet's mark to the connection (`--save-mark`).
-    Save {
-        /// The bits that are copied.
-        nfmask: u32,
-        /// The bits that are cleared before.
-        ctmask: u32,
-    },
-    /// Copies the connection's mark to the packet (`--restore-mark`).
-    Restore {
-        /// The bits that are cleared before.
-        nfmask: u32,
-        /// The bits that are copied.
-        ctmask: u32,
-    },
+    /// Copies the bits in `nfmask` of the packet's mark to the connection, where those in `ctmask` are cleared before:
+    /// `nfmask`, `ctmask` (`--save-mark`).
+    Save(u32, u32),
+    /// Copies the bits in `ctmask` of the connection's mark to the packet, where those in `nfmask` are cleared before:
+    /// `nfmask`, `ctmask` (`--restore-mark`).
+    Restore(u32, u32),
 }
 
 /// What a rule can do to a packet, at most.
@@ -162,10 +152,8 @@ pub enum Effect {
 impl TracedRuleset {
     /// Takes the rules of a listing apart.
     pub fn new(ruleset: &Ruleset) -> Self {
-        let tables = ruleset
-            .tables
-            .iter()
-            .map(|(table, chains)| (table.clone(), trace_chains(chains)));
+        let tables = ruleset.tables.iter();
+        let tables = tables.map(|(table, chains)| (table.clone(), trace_chains(chains)));
         Self {
             tables: tables.collect(),
         }
@@ -173,66 +161,50 @@ impl TracedRuleset {
 }
 
 fn trace_chains(chains: &BTreeMap<String, iptables_save::Chain>) -> Chains {
-    let is_chain = |name: &str| chains.contains_key(name);
     let traced = chains.iter().map(|(name, chain)| {
+        let policy = chain.policy.as_ref();
         let rules = chain.rules.iter().zip(&chain.counters);
         let traced = TracedChain {
             name: name.as_str().into(),
-            policy: chain
-                .policy
-                .as_ref()
-                .map(|policy| format!("policy {policy}").into()),
+            policy: policy.map(|policy| format!("policy {policy}").into()),
             rules: rules
-                .map(|(rule, counter)| TracedRule::new(rule, counter.packets, &is_chain))
+                .map(|(rule, counter)| TracedRule::new(rule, counter.packets, chains))
                 .collect(),
             effect: Effect::None,
         };
         (name.clone(), traced)
     });
     let mut traced: Chains = traced.collect();
-    let mut effects = BTreeMap::new();
-    for name in chains.keys() {
-        chain_effect(&traced, name, &mut effects);
-    }
-    for (name, effect) in effects {
-        if let Some(chain) = traced.get_mut(&name) {
+    // A chain's effect is known once those of the chains that it goes to are.
+    loop {
+        let effects = traced.values().map(|chain| {
+            let rules = chain.rules.iter().map(|rule| rule.effect(&traced));
+            rules.max().unwrap_or(Effect::None)
+        });
+        let effects: Vec<Effect> = effects.collect();
+        let mut has_changed = false;
+        for (chain, effect) in traced.values_mut().zip(effects) {
+            has_changed |= chain.effect != effect;
             chain.effect = effect;
         }
-    }
-    traced
-}
-
-/// The largest effect that a rule of the chain can have. `known` holds the effects found so far.
-fn chain_effect(chains: &Chains, name: &str, known: &mut BTreeMap<String, Effect>) -> Effect {
-    if let Some(effect) = known.get(name) {
-        return *effect;
-    }
-    // The kernel refuses chains that jump in a circle; this ends on one all the same.
-    known.insert(name.to_owned(), Effect::None);
-    let mut effect = Effect::None;
-    for rule in chains.get(name).into_iter().flat_map(|chain| &chain.rules) {
-        effect = effect.max(rule.target.own_effect());
-        if let Target::Chain { name, .. } = &rule.target {
-            effect = effect.max(chain_effect(chains, name, known));
+        if !has_changed {
+            return traced;
         }
     }
-    known.insert(name.to_owned(), effect);
-    effect
 }
 
 impl TracedRule {
-    fn new(rule: &Rule, packets: u64, is_chain: &dyn Fn(&str) -> bool) -> Self {
+    fn new(rule: &Rule, packets: u64, chains: &BTreeMap<String, iptables_save::Chain>) -> Self {
         let words = rule.words();
         let (matches, rest) = parse_matches(&words);
         let target = match rest {
             [flag, name, options @ ..] => {
-                parse_target(name, &Options(options)).unwrap_or_else(|| match is_chain(name) {
-                    true => Target::Chain {
-                        name: name.clone(),
-                        is_goto: flag == "-g",
-                    },
-                    false => Target::Undecided,
-                })
+                let chain = || match (chains.contains_key(name), &flag[..]) {
+                    (false, _) => Target::Undecided,
+                    (true, "-g") => Target::Goto(name.clone()),
+                    (true, _) => Target::Jump(name.clone()),
+                };
+                parse_target(name, &Options(options)).unwrap_or_else(chain)
             }
             _ => Target::Continue,
         };
@@ -246,23 +218,13 @@ impl TracedRule {
 
     /// What the rule can do to a packet that it matches.
     pub fn effect(&self, chains: &Chains) -> Effect {
-        let chain = match &self.target {
-            Target::Chain { name, .. } => chains.get(name),
-            _ => None,
-        };
-        let below = chain.map_or(Effect::None, |chain| chain.effect);
-        self.target.own_effect().max(below)
-    }
-}
-
-impl Target {
-    fn own_effect(&self) -> Effect {
-        match self {
-            Self::Continue | Self::Chain { is_goto: false, .. } => Effect::None,
-            Self::Stop => Effect::Stops,
-            Self::Chain { is_goto: true, .. } | Self::Accept | Self::Return | Self::Undecided => {
-                Effect::Passes
-            }
+        let effect_of = |name| chains.get(name).map_or(Effect::None, |chain| chain.effect);
+        match &self.target {
+            Target::Continue => Effect::None,
+            Target::Jump(name) => effect_of(name),
+            Target::Goto(name) => effect_of(name).max(Effect::Passes),
+            Target::Stop => Effect::Stops,
+            Target::Accept | Target::Return | Target::Undecided => Effect::Passes,
             _ => Effect::Changes,
         }
     }
@@ -293,8 +255,8 @@ fn parse_matches(words: &[String]) -> (Vec<Match>, &[String]) {
             "-f" => (Some(Selector::Fragment), 1),
             "--tcp-flags" => {
                 let set = values.get(1).map_or("", String::as_str);
-                let (mask, set) = (tcp_flags(value), tcp_flags(set));
-                (Some(Selector::TcpFlags { mask, set }), 3)
+                let flags = Selector::TcpFlags(tcp_flags(value), tcp_flags(set));
+                (Some(flags), 3)
             }
             option if option.starts_with('-') => match selector(module, option, value) {
                 Some(selector) => (Some(selector), 2),
@@ -322,25 +284,37 @@ const MODULES: &str =
 const BYSTANDERS: &str = "LOG NFLOG ULOG AUDIT TRACE TCPMSS TCPOPTSTRIP CHECKSUM CLASSIFY DSCP TOS TTL ECN SET CT SECMARK \
                           CONNSECMARK TEE RATEEST IDLETIMER LED ACCOUNT";
 
-fn is_listed(names: &str, name: &str) -> bool {
+pub(super) fn is_listed(names: &str, name: &str) -> bool {
     names.split(' ').any(|it| it == name)
 }
 
 /// An option with one value; none where it is not known here.
 fn selector(module: &str, option: &str, value: &str) -> Option<Selector> {
+    use Side::{Destination, OriginalDestination, OriginalSource, Source};
     let list = || value.split(',').map(str::to_owned).collect();
+    let network = |side| {
+        let network: Ipv4Network = value.parse().ok()?;
+        let (first, last) = (network.network(), network.broadcast());
+        Some(Selector::Address(side, first, last))
+    };
+    // `192.168.0.2-192.168.0.9`
+    let range = |side| {
+        let (first, last) = value.split_once('-').unwrap_or((value, value));
+        let (first, last) = (first.parse().ok()?, last.parse().ok()?);
+        Some(Selector::Address(side, first, last))
+    };
     Some(match (module, option) {
-        (_, "-s") => Selector::Source(value.parse().ok()?),
-        (_, "-d") => Selector::Destination(value.parse().ok()?),
+        (_, "-s") => network(Source)?,
+        (_, "-d") => network(Destination)?,
         (_, "-i") => Selector::InInterface(value.to_owned()),
         (_, "-o") => Selector::OutInterface(value.to_owned()),
         // Another name of /etc/protocols is another protocol.
-        (_, "-p") => Selector::Protocol(Protocol::parse_rule(value)),
+        (_, "-p") | ("conntrack", "--ctproto") => Selector::Protocol(Protocol::parse_rule(value)),
         ("tcp" | "udp" | "sctp" | "multiport", "--sport" | "--sports") => {
-            Selector::SourcePort(ports(value)?)
+            Selector::Port(Source, ports(value)?)
         }
         ("tcp" | "udp" | "sctp" | "multiport", "--dport" | "--dports") => {
-            Selector::DestinationPort(ports(value)?)
+            Selector::Port(Destination, ports(value)?)
         }
         ("multiport", "--ports") => Selector::EitherPort(ports(value)?),
         ("icmp", "--icmp-type") if value == "any" => Selector::IcmpType(None),
@@ -349,20 +323,13 @@ fn selector(module: &str, option: &str, value: &str) -> Option<Selector> {
         ("connmark", "--mark") => Selector::ConnectionMark(FwMark::parse(value)?),
         ("conntrack", "--ctstate") | ("state", "--state") => Selector::State(list()),
         ("conntrack", "--ctdir") => Selector::IsReply(value == "REPLY"),
-        ("conntrack", "--ctproto") => Selector::Protocol(Protocol::parse_rule(value)),
-        ("conntrack", "--ctorigsrc") => Selector::OriginalSource(value.parse().ok()?),
-        ("conntrack", "--ctorigdst") => Selector::OriginalDestination(value.parse().ok()?),
-        ("conntrack", "--ctorigdstport") => Selector::OriginalDestinationPort(ports(value)?),
-        ("addrtype", "--src-type") => Selector::SourceType(list()),
-        ("addrtype", "--dst-type") => Selector::DestinationType(list()),
-        ("iprange", "--src-range") => {
-            let (first, last) = range(value)?;
-            Selector::SourceRange(first, last)
-        }
-        ("iprange", "--dst-range") => {
-            let (first, last) = range(value)?;
-            Selector::DestinationRange(first, last)
-        }
+        ("conntrack", "--ctorigsrc") => network(OriginalSource)?,
+        ("conntrack", "--ctorigdst") => network(OriginalDestination)?,
+        ("conntrack", "--ctorigdstport") => Selector::Port(OriginalDestination, ports(value)?),
+        ("addrtype", "--src-type") => Selector::AddressType(Source, list()),
+        ("addrtype", "--dst-type") => Selector::AddressType(Destination, list()),
+        ("iprange", "--src-range") => range(Source)?,
+        ("iprange", "--dst-range") => range(Destination)?,
         ("pkttype", "--pkt-type") => Selector::IsUnicast(value == "unicast"),
         _ => return None,
     })
@@ -384,32 +351,11 @@ fn ports(list: &str) -> Option<Vec<PortRange>> {
     ranges.collect()
 }
 
-/// `192.168.0.2-192.168.0.9`
-fn range(text: &str) -> Option<(Ipv4Addr, Ipv4Addr)> {
-    let (first, last) = text.split_once('-').unwrap_or((text, text));
-    Some((first.parse().ok()?, last.parse().ok()?))
-}
-
-pub(super) const FIN: u8 = 1;
-pub(super) const SYN: u8 = 2;
-const RST: u8 = 4;
-pub(super) const PSH: u8 = 8;
-pub(super) const ACK: u8 = 16;
-pub(super) const URG: u8 = 32;
-
 /// `FIN,SYN,RST,ACK`, `ALL`, `NONE`
-fn tcp_flags(list: &str) -> u8 {
-    let flag = |name| match name {
-        "FIN" => FIN,
-        "SYN" => SYN,
-        "RST" => RST,
-        "PSH" => PSH,
-        "ACK" => ACK,
-        "URG" => URG,
-        "ALL" => FIN | SYN | RST | PSH | ACK | URG,
-        _ => 0,
-    };
-    list.split(',').map(flag).fold(0, |all, flag| all | flag)
+fn tcp_flags(list: &str) -> Vec<&'static str> {
+    let mut flags = vec!["FIN", "SYN", "RST", "PSH", "ACK", "URG"];
+    flags.retain(|flag| list == "ALL" || list.split(',').any(|it| it == *flag));
+    flags
 }
 
 /// The words after a target.
@@ -456,22 +402,23 @@ impl<'a> Options<'a> {
             None => Some(u32::MAX),
         };
         let (nfmask, ctmask) = (mask("--nfmask")?, mask("--ctmask")?);
-        if self.has("--save-mark") {
-            Some(MarkAction::Save { nfmask, ctmask })
-        } else if self.has("--restore-mark") {
-            Some(MarkAction::Restore { nfmask, ctmask })
-        } else {
-            None
-        }
+        let save = MarkAction::Save(nfmask, ctmask);
+        let restore = MarkAction::Restore(nfmask, ctmask);
+        let save = self.has("--save-mark").then_some(save);
+        save.or(self.has("--restore-mark").then_some(restore))
     }
 
     /// `192.168.0.2`, `192.168.0.2-192.168.0.9:8000-8010`, `:8000`: the first address and port.
     fn address(&self, option: &str) -> (Option<Ipv4Addr>, Option<u16>) {
         let text = self.value(option).unwrap_or_default();
         let (addresses, ports) = text.split_once(':').unwrap_or((text, ""));
-        let first = |text: &'a str| text.split(['-', '/']).next().unwrap_or_default();
-        (first(addresses).parse().ok(), first(ports).parse().ok())
+        (first(addresses), first(ports))
     }
+}
+
+/// The first of a range such as `8000-8010`.
+fn first<T: FromStr>(range: &str) -> Option<T> {
+    range.split(['-', '/']).next()?.parse().ok()
 }
 
 /// A target by name; none for a chain, and for what is not known here.
@@ -491,11 +438,7 @@ fn parse_target(name: &str, options: &Options) -> Option<Target> {
             let (address, port) = options.address("--to-destination");
             Target::DestinationNat(address, port)
         }
-        "REDIRECT" => {
-            let ports = options.value("--to-ports");
-            let first = ports.and_then(|ports| ports.split('-').next());
-            Target::Redirect(first.and_then(|port| port.parse().ok()))
-        }
+        "REDIRECT" => Target::Redirect(options.value("--to-ports").and_then(first)),
         "SNAT" => Target::SourceNat(options.address("--to-source").0),
         "MASQUERADE" => Target::Masquerade,
         "NETMAP" => Target::NetMap(options.value("--to")?.parse().ok()?),
@@ -512,10 +455,8 @@ impl MarkAction {
         match self {
             Self::SetPacket(mark) => (set(packet, mark), connection),
             Self::SetConnection(mark) => (packet, set(connection, mark)),
-            Self::Save { nfmask, ctmask } => (packet, connection & !ctmask ^ (packet & nfmask)),
-            Self::Restore { nfmask, ctmask } => {
-                (packet & !nfmask ^ (connection & ctmask), connection)
-            }
+            Self::Save(nfmask, ctmask) => (packet, connection & !ctmask ^ (packet & nfmask)),
+            Self::Restore(nfmask, ctmask) => (packet & !nfmask ^ (connection & ctmask), connection),
         }
     }
 
@@ -528,14 +469,8 @@ impl MarkAction {
         match self {
             Self::SetPacket(mark) => Self::SetPacket(set(mark)),
             Self::SetConnection(mark) => Self::SetConnection(set(mark)),
-            Self::Save { nfmask, ctmask } => Self::Save {
-                nfmask: nfmask & !bits,
-                ctmask: ctmask & !bits,
-            },
-            Self::Restore { nfmask, ctmask } => Self::Restore {
-                nfmask: nfmask & !bits,
-                ctmask: ctmask & !bits,
-            },
+            Self::Save(nfmask, ctmask) => Self::Save(nfmask & !bits, ctmask & !bits),
+            Self::Restore(nfmask, ctmask) => Self::Restore(nfmask & !bits, ctmask & !bits),
         }
     }
 }
@@ -543,17 +478,15 @@ impl MarkAction {
 /// `-j CONNMARK --set-xmark 0xa/0xff`
 impl fmt::Display for MarkAction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::SetPacket(mark) => write!(f, "-j MARK --set-xmark {mark}"),
-            Self::SetConnection(mark) => write!(f, "-j CONNMARK --set-xmark {mark}"),
-            Self::Save { nfmask, ctmask } => write!(
-                f,
-                "-j CONNMARK --save-mark --nfmask {nfmask:#x} --ctmask {ctmask:#x}"
-            ),
-            Self::Restore { nfmask, ctmask } => write!(
-                f,
-                "-j CONNMARK --restore-mark --nfmask {nfmask:#x} --ctmask {ctmask:#x}"
-            ),
-        }
+        let (option, nfmask, ctmask) = match self {
+            Self::SetPacket(mark) => return write!(f, "-j MARK --set-xmark {mark}"),
+            Self::SetConnection(mark) => return write!(f, "-j CONNMARK --set-xmark {mark}"),
+            Self::Save(nfmask, ctmask) => ("--save-mark", nfmask, ctmask),
+            Self::Restore(nfmask, ctmask) => ("--restore-mark", nfmask, ctmask),
+        };
+        write!(
+            f,
+            "-j CONNMARK {option} --nfmask {nfmask:#x} --ctmask {ctmask:#x}"
+        )
     }
 }
