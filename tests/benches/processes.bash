@@ -277,7 +277,7 @@ peak_memory() {
     # shellcheck disable=SC2086 # a command and its arguments
     in_ns router /usr/bin/python3 - $1 <<'END'
 import re, subprocess, sys
-process = subprocess.Popen(sys.argv[1:])
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 peak = 0
 while process.poll() is None:
     found = re.search(r"VmHWM:\s+(\d+)", open(f"/proc/{process.pid}/status").read())

@@ -4,6 +4,7 @@ Each line of the first file is a result, tab between its columns; the same again
 
 - `calls`, backend, foreign rules, forwards, call, side, command, and a value for each run. The sides `mh-hook`, `limit`
   and those of OTHERS have ms, of several commands each apart; `processes` is a number, `memory` is MiB.
+- `connections`, those of others, stale ones, call, what, value: ms and MiB.
 - `program`, what, side, command, values: ms for `start-up`, MiB for `binary`.
 - `packets`, backend, entries, uplinks, forwards, what, value: packets/s for `in` and `out`, µs for `last` and `no`.
 """
@@ -27,7 +28,9 @@ LIMITS = {
 PROCESSES, PROCESSES_IDLE = 4, 2
 MEMORY = {10000: 16}
 START_UP = 0.3
-BINARY = 1.4
+BINARY = 1.6
+# Of calls beside so many connections of others, and with so many that are stale.
+CONNECTIONS = {("first up", 1000000, 0): {"ms": 500, "MiB": 8}, ("new address", 0, 10000): {"ms": 500}}
 # The other ways, and what they are beside.
 OTHERS = {"typed recipe": "first up", "shorewall reload": "one forward changed"}
 # How many times as long the other ways take at least, by forwards.
@@ -129,6 +132,17 @@ def program_rows(groups):
         }
         goal(row, "ratio", START_UP)
         goal(row, "mh-hook", BINARY if what == "binary" else None)
+        rows.append(row)
+    return rows
+
+
+def connections_rows(groups):
+    rows = []
+    for (others, stale, call), found in groups.items():
+        row = {"others": others, "stale": stale, "call": call, "goals": []}
+        row |= {what: round(found[what], 3) if what in found else None for what in ("ms", "MiB")}
+        for what, most in CONNECTIONS.get((call, others, stale), {}).items():
+            goal(row, what, most)
         rows.append(row)
     return rows
 
@@ -247,6 +261,7 @@ def main(results, target):
         "calls": calls_rows(calls),
         "others": others_rows(calls),
         "program": program_rows(grouped(summed(medians(results, "program", 3)))),
+        "connections": connections_rows(grouped(medians(results, "connections", 4))),
         "flows": flows_rows(packets),
         "answers": answers_rows(packets),
     }
@@ -271,6 +286,11 @@ def main(results, target):
         "The program: start-up, `mh-hook --version` beside `dash -c :`, in ms, and the binary, in MiB",
         same("what", "mh-hook", "dash", "ratio", "to reach"),
         rows["program"],
+    )
+    table(
+        "Beside tracked connections of others, and with stale ones to be ended",
+        same("call", "others", "stale", "ms", "MiB", "to reach"),
+        rows["connections"],
     )
     case = same("backend", "entries", "uplinks", "forwards")
     table(
