@@ -5,6 +5,11 @@ use std::fs;
 use std::process::Command;
 
 use mh_hook::config::{Config, KEYS};
+use mh_hook::model::link::{LinkState, UplinkLink};
+use mh_hook::model::names::IfName;
+use mh_hook::model::state::State;
+use mh_hook::reconcile::desired::{Up, desired};
+use mh_hook::reconcile::diff::{Step, diff};
 
 #[test]
 fn every_key_stands_in_the_manual() {
@@ -262,4 +267,79 @@ fn blocks(text: &str, begin: &str, end: &str) -> Vec<String> {
     parts
         .map(|part| part.split(&end).next().unwrap_or_default().to_owned())
         .collect()
+}
+
+/// Each entry of the READMEs' section, and no other, is one that the dry run prints for the same uplink.
+#[test]
+fn what_it_puts_in_the_kernel_is_what_a_dry_run_prints() {
+    let text = "[lan]\ninterfaces = ['eth1']\nnetworks = ['192.168.0.0/24']\n[uplink.isp0]\ninterface = 'ppp0'\ntable = 10\nforward = [{ port = 80, to = '192.168.0.2' }]";
+    let config = Config::parse(text).expect("it parses");
+    let (name, uplink) = config.uplinks.first_key_value().expect("an uplink");
+    let address = [203, 0, 113, 10].into();
+    let link = UplinkLink {
+        interface: IfName::parse("ppp0").expect("a name"),
+        address,
+        addresses: vec![address],
+        state: LinkState::Up,
+        mtu: Some(1492),
+    };
+    let up = Up {
+        name,
+        uplink,
+        link: &link,
+    };
+    let steps = diff(&State::default(), &desired(&config, &up));
+    let commands = steps.iter().flat_map(Step::commands);
+    let mut printed: Vec<String> = commands
+        .map(|(_, command)| command.to_string())
+        .filter(|command| !command.contains(" -N "))
+        .map(|command| in_the_notation_of_the_readme(&command))
+        .collect();
+    printed.sort();
+    for readme in ["README.md", "README.ja.md"] {
+        let text = fs::read_to_string(readme).expect("a README");
+        let section = text
+            .split("\n## ")
+            .find(|section| section.contains("98:  from X to"));
+        let block = blocks(section.expect("the section"), "```", "```");
+        let (mut kind, mut written) = (String::new(), Vec::new());
+        for line in block[0].lines() {
+            let line = line.split(" #").next().unwrap_or_default();
+            let (head, entry) = line.split_at(10.min(line.len()));
+            if !head.trim().is_empty() {
+                kind = head.trim().to_owned();
+            }
+            written.push(format!(
+                "{kind} {}",
+                entry.split_whitespace().collect::<Vec<_>>().join(" ")
+            ));
+        }
+        written.sort();
+        assert_eq!(written, printed, "{readme}");
+    }
+}
+
+/// `mangle -A PREROUTING -i ppp0 -j mh-isp0` for `iptables -t mangle -A PREROUTING -i ppp0 -j mh-isp0`, without what says
+/// only that it is ours.
+fn in_the_notation_of_the_readme(command: &str) -> String {
+    let shorter = command
+        .replace(" proto 109", "")
+        .replace(" -m comment --comment mh-isp0", "")
+        .replace("'!'", "!")
+        .replace("203.0.113.10/32", "X")
+        .replace("203.0.113.10", "X")
+        .replace("from all ", "")
+        .replace("iptables -t ", "")
+        .replace("ip route add", "ip route")
+        .replace(
+            "echo 1 > /proc/sys/net/ipv4/conf/ppp0/src_valid_mark",
+            "sysctl net.ipv4.conf.ppp0.src_valid_mark = 1",
+        );
+    match shorter.strip_prefix("ip rule add priority ") {
+        Some(rule) => {
+            let (priority, rule) = rule.split_once(' ').expect("a rule");
+            format!("ip rule {priority}: {rule}")
+        }
+        None => shorter,
+    }
 }

@@ -314,7 +314,7 @@ fn tells(ours: &[String], name: &str, table_of: &str) -> bool {
 }
 
 /// The forwards that an uplink may have, as they are configured and as they stand in its chain.
-pub const FORWARDS: [(&str, &[&str]); 4] = [
+pub const FORWARDS: [(&str, &[&str]); 6] = [
     (
         r#"{ port = 80, to = "192.168.0.2" }"#,
         &["-p tcp -m tcp --dport 80 -j DNAT --to-destination 192.168.0.2"],
@@ -336,6 +336,17 @@ pub const FORWARDS: [(&str, &[&str]); 4] = [
     (
         r#"{ proto = "esp", to = "192.168.0.4" }"#,
         &["-p esp -j DNAT --to-destination 192.168.0.4"],
+    ),
+    (
+        r#"{ port = [443, "8000-8010"], to = "192.168.0.5", address = "203.0.113.10" }"#,
+        &[
+            "-d 203.0.113.10/32 -p tcp -m tcp --dport 443 -j DNAT --to-destination 192.168.0.5",
+            "-d 203.0.113.10/32 -p tcp -m tcp --dport 8000:8010 -j DNAT --to-destination 192.168.0.5",
+        ],
+    ),
+    (
+        r#"{ port = 8443, to = ":443" }"#,
+        &["-p tcp -m tcp --dport 8443 -j DNAT --to-destination :443"],
     ),
 ];
 
