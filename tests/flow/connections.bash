@@ -150,3 +150,16 @@ for port in range(1, 3001): s.sendto(b'x', ('$X', port))"
     expect_equal "processes, however many connections there are" 3 "$count"
     expect_equal "connections of the former address" "" "$(tracked -p udp --orig-dst "$X")"
 }
+
+# A zone has connections of its own (iptables-extensions(8), CT).
+test_a_connection_in_a_zone_ends_too() {
+    on_router /usr/sbin/iptables -t raw -A PREROUTING -j CT --zone 7
+    lab_listen lanhost udp 27015
+    configure_udp 2
+    mh_hook up ppp0
+    expect_once server 4000 "$X" 27015
+    [[ $(tracked -p udp --orig-dst "$X") == *zone=7* ]] || fail "no zone: $(tracked -p udp)"
+    configure_udp 3
+    mh_hook up ppp0
+    expect_once lanhost 4000 "$X" 27015
+}
