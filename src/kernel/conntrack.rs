@@ -25,6 +25,8 @@ const NFGENMSG: usize = 4;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_STATUS: u16 = 3;
+const CTA_PROTOINFO: u16 = 4;
+const CTA_TIMEOUT: u16 = 7;
 const CTA_MARK: u16 = 8;
 const CTA_COUNTERS_ORIG: u16 = 9;
 const CTA_COUNTERS_REPLY: u16 = 10;
@@ -44,6 +46,8 @@ const CTA_PROTO_ICMP_ID: u16 = 4;
 const CTA_PROTO_ICMP_TYPE: u16 = 5;
 const CTA_PROTO_ICMP_CODE: u16 = 6;
 const CTA_COUNTERS_BYTES: u16 = 2;
+const CTA_PROTOINFO_TCP: u16 = 1;
+const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 const CTA_FILTER_REPLY_FLAGS: u16 = 2;
 // net/netfilter/nf_internals.h
@@ -53,6 +57,8 @@ const CTA_FILTER_F_CTA_IP_DST: u32 = 2;
 const IPS_SEEN_REPLY: u32 = 1 << 1;
 const IPS_SRC_NAT: u32 = 1 << 4;
 const IPS_DST_NAT: u32 = 1 << 5;
+// linux/netfilter/nf_conntrack_tcp.h
+const TCP_SYN_SENT: u8 = 1;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
@@ -63,6 +69,10 @@ pub struct Flow {
     pub reply: Tuple,
     /// Whether there were packets in both directions.
     pub is_replied: bool,
+    /// Its state, if it is one of TCP.
+    pub tcp: Option<TcpState>,
+    /// For how many seconds it is still tracked without another packet.
+    pub timeout: u32,
     /// The connection mark, with the bits of everybody.
     pub mark: u32,
     /// The bytes of both directions. None unless the kernel counts them (`nf_conntrack_acct`,
@@ -72,6 +82,35 @@ pub struct Flow {
     icmp: Option<(u8, u8, u16)>,
     /// The attributes by which the kernel finds it, and only it: tuple, id and zone.
     key: Vec<u8>,
+}
+
+/// The number of a TCP connection's state (linux/netfilter/nf_conntrack_tcp.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpState(u8);
+
+impl TcpState {
+    /// Whether the client has asked, and has no answer.
+    pub fn is_waiting(self) -> bool {
+        self.0 == TCP_SYN_SENT
+    }
+
+    /// The parameter that says for how many seconds such a connection is tracked after its last packet
+    /// (Documentation/networking/nf_conntrack-sysctl.rst).
+    pub fn timeout_parameter(self) -> String {
+        let names = [
+            "",
+            "syn_sent",
+            "syn_recv",
+            "established",
+            "fin_wait",
+            "close_wait",
+            "last_ack",
+            "time_wait",
+            "close",
+        ];
+        let name = names.get(usize::from(self.0)).unwrap_or(&"");
+        format!("net/netfilter/nf_conntrack_tcp_timeout_{name}")
+    }
 }
 
 /// One direction of a connection.
@@ -211,6 +250,8 @@ impl Flow {
             original,
             reply,
             is_replied: false,
+            tcp: None,
+            timeout: 0,
             mark: 0,
             bytes: None,
             icmp: None,
@@ -233,6 +274,7 @@ impl Flow {
 fn flow(body: &[u8]) -> Option<Flow> {
     let (mut original, mut reply, mut icmp, mut status) = (None, None, None, 0);
     let (mut mark, mut counters, mut key) = (0, [None; 2], Vec::new());
+    let (mut timeout, mut tcp_state) = (0, None);
     for (kind, value) in attributes(body, NFGENMSG) {
         match kind {
             CTA_TUPLE_ORIG => {
@@ -244,6 +286,12 @@ fn flow(body: &[u8]) -> Option<Flow> {
             CTA_ID | CTA_ZONE => key.extend(encode(kind, value)),
             CTA_STATUS => status = u32_be_at(value, 0)?,
             CTA_MARK => mark = u32_be_at(value, 0)?,
+            CTA_TIMEOUT => timeout = u32_be_at(value, 0)?,
+            CTA_PROTOINFO => {
+                let tcp = attribute(value, 0, CTA_PROTOINFO_TCP);
+                let state = tcp.and_then(|tcp| attribute(tcp, 0, CTA_PROTOINFO_TCP_STATE));
+                tcp_state = state.and_then(|state| state.first().copied());
+            }
             CTA_COUNTERS_ORIG => counters[0] = bytes(value),
             CTA_COUNTERS_REPLY => counters[1] = bytes(value),
             _ => {}
@@ -255,6 +303,8 @@ fn flow(body: &[u8]) -> Option<Flow> {
         original,
         reply,
         is_replied: status & IPS_SEEN_REPLY != 0,
+        tcp: tcp_state.map(TcpState),
+        timeout,
         mark,
         bytes: counters[0].zip(counters[1]).map(|(one, other)| one + other),
         icmp,

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use anyhow::Result;
 
 use crate::inspect::explain::trace::{Failure, Trace, fail, host};
-use crate::kernel::conntrack::{self, Filter, Tuple};
+use crate::kernel::conntrack::{self, Filter, Flow, TcpState, Tuple};
 use crate::kernel::ip::RouteLookup;
 use crate::kernel::listeners::listening_below;
 use crate::model::forward::Protocol;
@@ -31,7 +31,7 @@ impl Trace<'_> {
         Ok(())
     }
 
-    /// Fails if tracked TCP connections to the server wait for a reply, and none has one.
+    /// Fails if the server has left the last TCP connection to it without an answer.
     pub fn unanswered(&mut self, tuple: Tuple) -> Result<()> {
         let protocol = self.question.service.protocol;
         if protocol != Protocol::Tcp {
@@ -42,13 +42,21 @@ impl Trace<'_> {
                 && flow.reply.source == tuple.destination
                 && flow.reply.ports.map(|ports| ports.0) == tuple.ports.map(|ports| ports.1)
         })?;
-        let (answered, waiting): (Vec<_>, Vec<_>) =
-            to_server.iter().partition(|flow| flow.is_replied);
-        if waiting.is_empty() || !answered.is_empty() {
+        // How long ago the last packet of each was. A server may have gone after it has answered others.
+        let age = |flow: &&Flow| {
+            let state = flow.tcp.map(TcpState::timeout_parameter);
+            let timeout = self.snapshot.root.sysctl(&state.unwrap_or_default());
+            let timeout: Option<u32> = timeout.and_then(|text| text.parse().ok());
+            timeout.unwrap_or(u32::MAX).saturating_sub(flow.timeout)
+        };
+        let youngest = to_server.iter().min_by_key(age).and_then(|flow| flow.tcp);
+        let server = host(tuple);
+        if !youngest.is_some_and(TcpState::is_waiting) {
             return Ok(());
         }
-        let (server, waiting) = (host(tuple), waiting.len());
-        let what = format!("{waiting} connections wait for a reply of {server}, none has one");
+        let waiting = to_server.iter().filter(|flow| !flow.is_replied).count();
+        let what =
+            format!("{waiting} connections wait for a reply of {server}, the last one among them");
         self.hop("host", what, None);
         fail(
             format!(
