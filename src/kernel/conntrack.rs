@@ -134,8 +134,8 @@ pub enum Filter {
     Marked(FwMark),
     /// Those whose destination is translated.
     DestinationNat,
-    /// Those without translation.
-    NoNat,
+    /// Those that keep their source: all but what is masqueraded.
+    NoSourceNat,
 }
 
 impl Filter {
@@ -166,7 +166,7 @@ impl Filter {
                 [number(CTA_MARK, value), number(CTA_MARK_MASK, mask)]
             }
             Self::DestinationNat => status(IPS_DST_NAT, IPS_DST_NAT),
-            Self::NoNat => status(0, IPS_SRC_NAT | IPS_DST_NAT),
+            Self::NoSourceNat => status(0, IPS_SRC_NAT),
         };
         attributes.concat()
     }

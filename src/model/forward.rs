@@ -230,6 +230,11 @@ impl ForwardIndex {
         index
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.forwards.is_empty()
+    }
+
     /// The first one that takes a packet.
     pub fn first(&self, asked: Asked) -> Option<&Forward> {
         self.place(asked).map(|place| &self.forwards[place])

@@ -374,7 +374,11 @@ fn stale(
         } = flow.original;
         routing::leaves_by(source, destination, flow.mark & config.mask)
     };
-    let found = conntrack::find(judges.filters(), |flow| judges.is_stale(flow, leaves_by));
+    let find = |filters| conntrack::find(filters, |flow| judges.is_stale(flow, leaves_by));
+    let found = find(judges.filters()).and_then(|mut found| {
+        found.extend(find(judges.filters_behind(&found))?);
+        Ok(found)
+    });
     found.unwrap_or_else(|error| {
         warn!("connections from before this change keep their ways: {error:#}");
         Vec::new()

@@ -87,19 +87,38 @@ impl<'a> Judges<'a> {
         Self(judges)
     }
 
-    /// Which connections can be stale at all.
+    /// Which connections can be stale at all. Looking through a million of them takes a quarter of a second for each filter.
     pub fn filters(&self) -> BTreeSet<Filter> {
         let mut filters = BTreeSet::new();
         for judge in &self.0 {
-            filters.insert(Filter::DestinationNat);
+            // Where there were no forwards, no connection to the link's own addresses has a former target.
+            if judge.masqueraded_now.is_none() || !judge.old.is_empty() {
+                filters.insert(Filter::DestinationNat);
+            }
             match judge.masqueraded_now {
-                Some(_) => _ = filters.insert(Filter::NoNat),
+                Some(_) => _ = filters.insert(Filter::NoSourceNat),
                 None => filters.extend(judge.addresses.iter().copied().map(Filter::To)),
             }
             let former = judge.old_mark.filter(|mark| Some(*mark) != judge.mark);
             filters.extend(former.map(Filter::Marked));
         }
         filters
+    }
+
+    /// Where else to look, by the stale connections that are found: the LAN's connections to a former address of the link
+    /// are masqueraded on their way to the server.
+    pub fn filters_behind(&self, found: &[Flow]) -> BTreeSet<Filter> {
+        if self.filters().contains(&Filter::DestinationNat) {
+            return BTreeSet::new();
+        }
+        let is_own = |address: &Ipv4Addr| self.0.iter().any(|it| it.addresses.contains(address));
+        let translated = found
+            .iter()
+            .filter(|flow| flow.reply.source != flow.original.destination);
+        let destinations: BTreeSet<Ipv4Addr> =
+            translated.map(|it| it.original.destination).collect();
+        let former = destinations.into_iter().filter(|address| !is_own(address));
+        former.map(Filter::To).collect()
     }
 
     /// Whether a connection contradicts the entries after the change. `leaves_by` tells the interface that its packets leave

@@ -118,6 +118,8 @@ call() {
         # shellcheck disable=SC2086 # a command and its arguments
         in_ns router $line >/dev/null
     done <<<"${LIMIT[$1]}"
+    # Kernel parameters are no tool's to set.
+    { grep '^echo ' "$stem.plan" || true; } | in_ns router sh -e
     done_by "$1, limit" "${@:5}"
 }
 
