@@ -222,6 +222,8 @@ pub fn reconcile(
             tell_unchanged(desired, steps);
         }
         if mode == Mode::DryRun {
+            let troubles = plan.troubles.values();
+            troubles.for_each(|error| warn!("{error:#}"));
             return print(tools, config, &plan, other_backend.as_ref(), request);
         }
         if let Some(why) = steps.iter().find_map(misread) {
@@ -336,9 +338,11 @@ fn misread(step: &Step) -> Option<String> {
     table.or_else(|| ip::is_name(&root, "rt_protos", PROTOCOL.into()))
 }
 
-/// The interface and address of each uplink in question.
-fn places<'a>(links: &'a UplinkLinks) -> Vec<(&'a UplinkName, Option<(&'a IfName, Ipv4Addr)>)> {
-    let place = |link: &'a UplinkLink| (&link.interface, link.address);
+/// An uplink, and its link's interface and addresses.
+type Place<'a> = (&'a UplinkName, Option<(&'a IfName, &'a [Ipv4Addr])>);
+
+fn places<'a>(links: &'a UplinkLinks) -> Vec<Place<'a>> {
+    let place = |link: &'a UplinkLink| (&link.interface, &link.addresses[..]);
     let links = links.iter();
     links
         .map(|(name, link)| (name, link.as_ref().map(place)))

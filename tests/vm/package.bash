@@ -222,6 +222,17 @@ test_the_package_with_systemd_heals_what_a_firewall_flushed() {
     expect_entries
     rm -r "$dir"
 
+    # With the system calls of a usual service, and no others (systemd.exec(5)).
+    dir=$ROOT/etc/systemd/system/mh-hook-sync.service.d
+    mkdir "$dir"
+    printf '[Service]\n%s\n' SystemCallFilter=@system-service SystemCallErrorNumber=EPERM >"$dir/calls.conf"
+    on_router systemctl daemon-reload
+    on_router nft flush ruleset
+    on_router systemctl start mh-hook-sync.service
+    expect_entries
+    expect_forward_answered
+    rm -r "$dir"
+
     # By the clock, and faster than as it is installed.
     dir=$ROOT/etc/systemd/system/mh-hook-sync.timer.d
     mkdir "$dir"
