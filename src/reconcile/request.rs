@@ -125,10 +125,16 @@ impl Request {
             }
             Self::Up { interface, .. } | Self::Down { interface } => interface,
         };
-        let interface = Some(interface);
-        let named =
-            |name: &&UplinkName| config.uplinks[*name].identity.interface.as_ref() == interface;
-        Ok(config.uplinks.keys().filter(named).collect())
+        let is_at = |name: &&UplinkName| {
+            config.uplinks[*name].identity.interface.as_ref() == Some(interface)
+        };
+        let mut named: Vec<&UplinkName> = config.uplinks.keys().filter(is_at).collect();
+        // By its own name an uplink can be taken down when nothing tells its interface any more.
+        if let (Self::Down { .. }, true) = (self, named.is_empty()) {
+            let mut names = config.uplinks.keys();
+            named.extend(names.find(|name| name.to_string() == interface.as_str()));
+        }
+        Ok(named)
     }
 
     /// The present links of the uplinks in question. None if there is nothing to do: without a configuration entries are only

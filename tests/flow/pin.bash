@@ -96,6 +96,12 @@ test_a_pinned_host_reaches_nothing_outside_while_its_link_is_down() {
     expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
     mh_hook -q sync
     expect_silence lanhost tcp 192.0.2.9 80
+    # By its name, when it is known by what only pppd knows.
+    sed -i '0,/^interface = "ppp0"/s//ipparam = "line0"/' "$LAB_CONFIG"
+    mh_hook -q down isp0
+    expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
+    mh_hook -q sync
+    expect_silence lanhost tcp 192.0.2.9 80
     # The uplink is configured no longer.
     lab_config <<EOF
 [lan]
