@@ -13,9 +13,10 @@ test_the_servers_link_works_whatever_the_default_link_does() {
         dial isp1
         expect_all_of_isp0
         expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
-        # It dies, without a word from pppd.
+        # It dies, without a word from pppd. The ISP knows only after a while that its session has ended, unless it begins anew.
         kill_pppd isp1
         expect_all_of_isp0
+        isp_offer isp1 198.51.100.20
         dial isp1
         expect_all_of_isp0
         expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
