@@ -163,7 +163,8 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
             anyhow!("must be root to read and change the kernel's routing and iptables").into(),
         );
     };
-    if request == Request::Sync && session.is_ok() && arguments.mode == Mode::Apply {
+    let has_lock = session.is_ok() && arguments.mode == Mode::Apply;
+    if has_lock && request == Request::Sync {
         lock::take_word();
     }
     let reconciled = session
@@ -172,7 +173,8 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
     if let Some(args) = follow_args.filter(|_| is_ours && config.is_some()) {
         start_self(&args)?;
     }
-    if arguments.mode == Mode::Apply && request != Request::Sync && lock::is_word_left() {
+    // Who had the lock sees to what others could not do meanwhile.
+    if has_lock && request != Request::Sync && lock::is_word_left() {
         let args = ["--config".into(), config_path.into(), "sync".into()];
         start_self(&args)?;
     }

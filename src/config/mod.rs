@@ -97,8 +97,8 @@ impl Config {
 
     /// Whether an uplink is known by what only pppd knows.
     pub fn asks_pppd(&self) -> bool {
-        let mut identities = self.uplinks.values().map(|uplink| &uplink.identity);
-        identities.any(|it| it.interface_alone().is_none() && it.address.is_none())
+        let mut uplinks = self.uplinks.values();
+        uplinks.any(|uplink| uplink.identity.needs_pppd())
     }
 
     /// The uplinks whose identity matches a call.

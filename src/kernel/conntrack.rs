@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockProtocol};
 
 use crate::kernel::netlink::{
-    Socket, attribute, attributes, encode, ipv4, nest, u16_be_at, u32_be_at,
+    NFGENMSG, Socket, attribute, attributes, encode, ipv4, nest, u16_be_at, u32_be_at,
 };
 use crate::kernel::root::Root;
 use crate::model::forward::{Asked, Protocol};
@@ -20,8 +20,6 @@ use crate::model::route::FwMark;
 const CT_NEW: u16 = 1 << 8;
 const CT_GET: u16 = 1 << 8 | 1;
 const CT_DELETE: u16 = 1 << 8 | 2;
-/// The bytes of an `nfgenmsg`: family, version, resource.
-const NFGENMSG: usize = 4;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_STATUS: u16 = 3;
@@ -191,12 +189,9 @@ pub fn find(
 /// Visits the connections that one of the filters takes; one that several take, several times.
 /// Errors: the kernel refuses, or does not answer.
 pub fn each(filters: impl IntoIterator<Item = Filter>, mut visit: impl FnMut(Flow)) -> Result<()> {
-    // With a count of 0 there is nothing to ask (nf_conntrack-sysctl.rst).
-    if Root::system()
-        .sysctl("net/netfilter/nf_conntrack_count")
-        .as_deref()
-        == Some("0")
-    {
+    // Without connection tracking there is no such count (nf_conntrack-sysctl.rst), and to ask would load the module.
+    let count = Root::system().sysctl("net/netfilter/nf_conntrack_count");
+    if count.is_none_or(|count| count == "0") {
         return Ok(());
     }
     let all: BTreeSet<Filter> = filters.into_iter().collect();
@@ -239,7 +234,9 @@ pub fn end(flows: &[Flow]) -> (usize, Result<()>) {
 
 /// An `nfgenmsg` for IPv4.
 fn header() -> Vec<u8> {
-    vec![AddressFamily::Inet as u8, 0, 0, 0]
+    let mut header = vec![0; NFGENMSG];
+    header[0] = AddressFamily::Inet as u8;
+    header
 }
 
 impl Flow {

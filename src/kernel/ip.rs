@@ -1,5 +1,6 @@
 //! Parses the output of `ip route get`, and what `ip -batch` prints on failure.
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::path::Path;
 
@@ -50,24 +51,33 @@ pub fn route_lookup(text: &str) -> Result<RouteLookup> {
     Ok(lookup)
 }
 
-/// Why `ip` would take a number for another one: it looks for a name first (`rtnl_rttable_a2n`, lib/rt_names.c), and a name
-/// can be a number. `file` is rt_tables or rt_protos.
-pub fn is_name(root: &Root, file: &str, number: u32) -> Option<String> {
-    ["/etc/iproute2", "/usr/share/iproute2"].iter().find_map(|folder| {
-        let path = Path::new(folder).join(file);
-        let more = root.list(path.with_extension("d"));
-        [path].into_iter().chain(more).find_map(|path| {
-            let text = root.read(&path)?;
-            let mut lines = text.lines().map(str::split_ascii_whitespace);
-            lines.find_map(|mut words| {
-                let (id, name) = (words.next()?, words.next()?);
-                let is_other = name == number.to_string() && id != name && !id.starts_with('#');
-                is_other.then(|| {
-                    format!("{} gives {id} the name {name}, which ip takes for {id}: give it another name", path.display())
-                })
-            })
-        })
-    })
+/// Why `ip` would take one of these numbers for another one: it looks for a name first (`rtnl_rttable_a2n`, lib/rt_names.c),
+/// and a name can be a number. `file` is rt_tables or rt_protos.
+pub fn misread(root: &Root, file: &str, numbers: &BTreeSet<u32>) -> Option<String> {
+    let files = ["/etc/iproute2", "/usr/share/iproute2"]
+        .into_iter()
+        .flat_map(|folder| {
+            let path = Path::new(folder).join(file);
+            let more = root.list(path.with_extension("d"));
+            [path].into_iter().chain(more)
+        });
+    let names: BTreeSet<String> = numbers.iter().map(u32::to_string).collect();
+    for path in files {
+        let text = root.read(&path).unwrap_or_default();
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            let mut words = line.split_ascii_whitespace();
+            if let (Some(id), Some(name)) = (words.next(), words.next())
+                && id != name
+                && names.contains(name)
+            {
+                let path = path.display();
+                return Some(format!(
+                    "{path} gives {id} the name {name}, which ip takes for {id}: give it another name"
+                ));
+            }
+        }
+    }
+    None
 }
 
 /// The lines of a batch that failed, counted from 1, each with the error that `ip` printed for it. An error that no line

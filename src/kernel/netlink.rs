@@ -31,7 +31,7 @@ const NLA_TYPE_MASK: u16 = 0x3fff;
 const NFT_NEWTABLE: u16 = 10 << 8;
 const NFT_GETTABLE: u16 = 10 << 8 | 1;
 /// The bytes of an `nfgenmsg`: family, version, resource.
-const NFGENMSG: usize = 4;
+pub const NFGENMSG: usize = 4;
 const NFTA_TABLE_NAME: u16 = 1;
 
 /// The kernel filters a dump by the fields of the request, and refuses a request with fields that it does not know

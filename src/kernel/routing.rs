@@ -13,7 +13,9 @@ use nix::libc::{
 use nix::net::if_::if_indextoname;
 use nix::sys::socket::{AddressFamily, SockProtocol};
 
-use crate::kernel::netlink::{Socket, attributes, dump, encode, ipv4, text, u16_at, u32_at};
+use crate::kernel::netlink::{
+    Socket, attribute, attributes, dump, encode, ipv4, text, u16_at, u32_at,
+};
 use crate::model::forward::PortRange;
 use crate::model::route::{
     FwMark, NOT, PROTOCOL, Route, RouteKind, RouteRule, RuleAction, TableId,
@@ -77,40 +79,34 @@ impl RoutingDump {
 /// The interface by which a packet leaves that has come in from this source, with this mark. None if the kernel would not
 /// route it, or keep it for itself.
 pub fn leaves_by(source: Ipv4Addr, destination: Ipv4Addr, mark: u32) -> Option<String> {
-    let comes_by = route_to(destination_request(source, &[])).ok().flatten()?;
+    let mut socket = Socket::open(SockProtocol::NetlinkRoute).ok()?;
+    let comes_by = route_to(&mut socket, source, [0, 32], &[])?;
     let selectors = [
         encode(RTA_SRC, &source.octets()),
         encode(RTA_IIF, &comes_by.to_ne_bytes()),
         encode(RTA_MARK, &mark.to_ne_bytes()),
     ];
-    let index = route_to(destination_request(destination, &selectors.concat()));
-    let name = if_indextoname(index.ok().flatten()?).ok()?;
-    Some(text(name.as_bytes()))
+    let index = route_to(&mut socket, destination, [32, 32], &selectors.concat())?;
+    Some(text(if_indextoname(index).ok()?.as_bytes()))
 }
 
-/// The body of a question for the route to a destination.
-fn destination_request(destination: Ipv4Addr, selectors: &[u8]) -> Vec<u8> {
-    let mut body = vec![0; ROUTE];
-    body[0] = AddressFamily::Inet as u8;
-    body[1] = 32;
-    if !selectors.is_empty() {
-        body[2] = 32;
-    }
-    body.extend(encode(RTA_DST, &destination.octets()));
-    body.extend(selectors);
-    body
-}
-
-/// The index of the interface that a route leads to.
-fn route_to(request: Vec<u8>) -> Result<Option<u32>> {
+/// The index of the interface that the route to a destination leads to, of a packet with these selectors. `lengths` are those
+/// of the source's and the destination's prefix, in bits.
+fn route_to(
+    socket: &mut Socket,
+    destination: Ipv4Addr,
+    [source_length, length]: [u8; 2],
+    selectors: &[u8],
+) -> Option<u32> {
+    let mut request = vec![0; ROUTE];
+    request[..3].copy_from_slice(&[AddressFamily::Inet as u8, length, source_length]);
+    request.extend(encode(RTA_DST, &destination.octets()));
+    request.extend(selectors);
     let mut index = None;
-    let mut socket = Socket::open(SockProtocol::NetlinkRoute)?;
-    socket.ask([RTM_GETROUTE, RTM_NEWROUTE], &request, |body| {
-        let mut attributes = attributes(body, ROUTE);
-        let oif = attributes.find(|(kind, _)| *kind == RTA_OIF);
-        index = oif.and_then(|(_, value)| u32_at(value, 0));
-    })?;
-    Ok(index)
+    let answer = socket.ask([RTM_GETROUTE, RTM_NEWROUTE], &request, |body| {
+        index = attribute(body, ROUTE, RTA_OIF).and_then(|value| u32_at(value, 0));
+    });
+    answer.ok().and(index)
 }
 
 fn rules() -> Result<Vec<RouteRule>> {

@@ -32,6 +32,11 @@ impl Identity {
             && (self.address.is_none() || self.address == call.address)
     }
 
+    /// Whether only pppd knows which link it is: neither its interface nor an address tells.
+    pub fn needs_pppd(&self) -> bool {
+        self.interface_alone().is_none() && self.address.is_none()
+    }
+
     /// The interface, if nothing else is given that only a call by pppd tells.
     pub fn interface_alone(&self) -> Option<&IfName> {
         let Self {

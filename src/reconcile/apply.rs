@@ -22,18 +22,21 @@ pub struct Outcome {
 /// (`RateLimitBurst=`, journald.conf(5)), and the summary comes last.
 const MAX_TOLD: usize = 100;
 
+/// The level at which the next change is logged, after so many. Says once that the rest needs -v.
+pub fn level(told: usize) -> Level {
+    if told < MAX_TOLD {
+        return Level::Info;
+    }
+    if told == MAX_TOLD {
+        info!("more than {MAX_TOLD} changes: -v tells each");
+    }
+    Level::Debug
+}
+
 impl Outcome {
     fn done(&mut self, step: &Step, tools: &Tools) {
         for (change, command) in step.changes() {
-            let level = match self.added + self.removed {
-                0..MAX_TOLD => Level::Info,
-                told => {
-                    if told == MAX_TOLD {
-                        info!("more than {MAX_TOLD} changes: -v tells each");
-                    }
-                    Level::Debug
-                }
-            };
+            let level = level(self.added + self.removed);
             log!(level, "{}", command.by(tools.iptables));
             match change {
                 Change::Add | Change::Replace => self.added += 1,

@@ -61,10 +61,9 @@ impl Direction {
 pub struct Event {
     pub direction: Direction,
     pub interface: IfName,
-    /// By what the call can be matched with an uplink.
+    /// By what the call can be matched with an uplink. Its address is the one that pppd gave the interface, which may have
+    /// others.
     pub identity: Identity,
-    /// The address that pppd gave the interface; it selects one if the interface has several.
-    pub local: Option<Ipv4Addr>,
 }
 
 impl Event {
@@ -103,7 +102,6 @@ impl Event {
             direction,
             interface,
             identity,
-            local,
         })
     }
 }
@@ -117,10 +115,10 @@ impl Event {
             identity != Identity::default()
                 && identity.matches(&self.identity)
                 && address.is_some()
-                && address != self.local
+                && address != self.identity.address
         };
         let (name, uplink) = config.uplinks.iter().find(is_other)?;
-        let (local, own) = self.local.zip(uplink.identity.address)?;
+        let (local, own) = self.identity.address.zip(uplink.identity.address)?;
         Some(format!(
             "{} has come up with the address {local}, so it is not {name}, whose address is {own}",
             self.interface

@@ -14,11 +14,12 @@ pub mod parts;
 pub mod request;
 pub mod stale_flows;
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use log::{Level, debug, info, log_enabled, warn};
+use log::{Level, debug, log, log_enabled, warn};
 
 use crate::config::Config;
 use crate::kernel::conntrack::{self, Flow, Tuple};
@@ -226,7 +227,7 @@ pub fn reconcile(
             troubles.for_each(|error| warn!("{error:#}"));
             return print(tools, config, &plan, other_backend.as_ref(), request);
         }
-        if let Some(why) = steps.iter().find_map(misread) {
+        if let Some(why) = misread(steps) {
             bail!("{}: {why}", describe());
         }
         // The same steps would fail again.
@@ -327,15 +328,23 @@ pub fn not_listed(table: &str) -> (String, String) {
 }
 
 /// Why `ip` would take the number of a table, or of our protocol, for another one.
-fn misread(step: &Step) -> Option<String> {
-    let table = match step {
+fn misread(steps: &[Step]) -> Option<String> {
+    let table = |step: &Step| match step {
         Step::Route(_, route) => Some(route.table),
         Step::RouteRule(_, rule) => rule.table(),
-        Step::Chain { .. } | Step::Entry(..) | Step::SrcValidMark(..) => return None,
+        Step::Chain { .. } | Step::Entry(..) | Step::SrcValidMark(..) => None,
     };
+    let tables: BTreeSet<u32> = steps
+        .iter()
+        .filter_map(table)
+        .map(|TableId(id)| id)
+        .collect();
+    if tables.is_empty() {
+        return None;
+    }
     let root = Root::system();
-    let table = table.and_then(|TableId(table)| ip::is_name(&root, "rt_tables", table));
-    table.or_else(|| ip::is_name(&root, "rt_protos", PROTOCOL.into()))
+    ip::misread(&root, "rt_tables", &tables)
+        .or_else(|| ip::misread(&root, "rt_protos", &[PROTOCOL.into()].into()))
 }
 
 /// An uplink, and its link's interface and addresses.
@@ -392,7 +401,9 @@ fn stale(
 /// Ends connections, and returns how many.
 fn end(flows: &[Flow]) -> usize {
     let (ended, result) = conntrack::end(flows);
-    flows.iter().for_each(|flow| info!("conntrack {flow}"));
+    for (told, flow) in flows.iter().enumerate() {
+        log!(apply::level(told), "conntrack {flow}");
+    }
     if let Err(error) = result {
         warn!("a connection from before this change keeps its way: {error:#}");
     }

@@ -71,7 +71,8 @@ impl Request {
     /// The link's address, as the caller gives it.
     pub fn local(&self) -> Option<Ipv4Addr> {
         match self {
-            Self::Up { local, .. } | Self::Event(Event { local, .. }) => *local,
+            Self::Up { local, .. } => *local,
+            Self::Event(event) => event.identity.address,
             Self::Down { .. } | Self::Sync => None,
         }
     }
@@ -268,10 +269,7 @@ impl Request {
         {
             bail!("{interface} does not have {address}, the address of {name}");
         }
-        Ok(match self {
-            Self::Down { interface } if holder.as_ref() == Some(interface) => None,
-            _ => holder,
-        })
+        Ok(holder)
     }
 
     /// Whether the request tells to which uplink the interface belongs now. An ip-down does not: it may be late. An ip-up may
@@ -291,7 +289,7 @@ impl Request {
                 Direction::Up => {
                     let link = links.get(event.interface.as_str());
                     let has = |local| link.is_some_and(|link| link.addresses.contains(&local));
-                    event.local.is_none_or(has) || bound.is_subset(chosen)
+                    event.identity.address.is_none_or(has) || bound.is_subset(chosen)
                 }
             },
         }
@@ -417,12 +415,10 @@ pub fn unknown(config: &Config, links: &UplinkLinks, seen: &Seen) -> BTreeMap<Up
     };
     let is_unknown = |(name, uplink): &(&UplinkName, &Uplink)| {
         let identity = &uplink.identity;
-        let is_pppds = identity.interface_alone().is_none() && identity.address.is_none();
-        let may_be_other = identity
-            .interface
-            .as_ref()
-            .is_none_or(|own| own.as_str() == other);
-        is_pppds && may_be_other && links.get(*name).is_none_or(Option::is_none)
+        let interface = identity.interface.as_ref();
+        identity.needs_pppd()
+            && interface.is_none_or(|own| own.as_str() == other)
+            && links.get(*name).is_none_or(Option::is_none)
     };
     let unknown = config.uplinks.iter().filter(is_unknown);
     unknown

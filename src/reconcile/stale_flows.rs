@@ -30,9 +30,12 @@ pub fn leaves_some(steps: &[Step]) -> bool {
     })
 }
 
-/// A rule that gives the LAN's packets the address of the link that they leave by.
+/// A rule that gives the LAN's packets the address of the link that they leave by. That of a hairpin is for packets that stay
+/// in the LAN.
 fn is_masquerade(table: Table, chain: &str, rule: &Rule) -> bool {
-    (table, chain) == (Table::Nat, "POSTROUTING") && rule.0.ends_with("-j MASQUERADE")
+    (table, chain) == (Table::Nat, "POSTROUTING")
+        && rule.0.ends_with("-j MASQUERADE")
+        && rule.value("--ctorigdst").is_none()
 }
 
 /// Judges the connections that were there before the change from `installed` to `desired`. Those of an uplink whose link is
@@ -137,9 +140,7 @@ impl<'a> Judges<'a> {
 fn masquerades(name: &UplinkName, state: &State) -> bool {
     let own = state.tables.get(&(Table::Nat, name.clone()));
     let mut entries = own.into_iter().flat_map(|own| &own.entries);
-    entries.any(|(chain, rule)| {
-        is_masquerade(Table::Nat, chain, rule) && rule.value("--ctorigdst").is_none()
-    })
+    entries.any(|(chain, rule)| is_masquerade(Table::Nat, chain, rule))
 }
 
 fn forwards(name: &UplinkName, state: &State) -> Vec<Forward> {
@@ -156,7 +157,7 @@ fn mark(name: &UplinkName, state: &State) -> Option<FwMark> {
 /// What decides whether a flow contradicts one uplink's change.
 #[derive(Debug)]
 struct Judge<'a> {
-    /// The addresses of the uplink's link after the change. None if the uplink is no longer configured.
+    /// The addresses of the uplink's link after the change. Empty if the uplink is no longer configured.
     addresses: &'a [Ipv4Addr],
     lan: &'a [Ipv4Network],
     for_lan: bool,

@@ -2,7 +2,7 @@
 //! have it in time leaves word, and whoever gives it back sees to that.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::thread::sleep;
@@ -54,20 +54,27 @@ impl Lock {
 
     /// None if another call holds it.
     fn try_take() -> Result<Option<Self>> {
-        let (file, path) = open()?;
+        let (file, path, refused) = open()?;
         fcntl(&file, FcntlArg::F_SETFD(FdFlag::empty()))
             .context("let the tools inherit the lock")?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             // Deleted meanwhile, it would keep nobody out who opens a new one.
-            Ok(lock) if is_at(&lock, path) => Ok(Some(Self(lock))),
+            Ok(lock) if is_at(&lock, path) => {
+                if let Some(error) = refused {
+                    warn!(
+                        "can't open the lock {PATH} ({error}): the folder {path} is locked instead"
+                    );
+                }
+                Ok(Some(Self(lock)))
+            }
             Ok(_) | Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => Ok(None),
             Err((_, errno)) => Err(anyhow!(errno)).with_context(|| format!("lock {path}")),
         }
     }
 }
 
-/// Opens what is to be locked, and says what it is.
-fn open() -> Result<(File, &'static str)> {
+/// Opens what is to be locked: the file, its path, and for a folder why the lock file itself could not be opened.
+fn open() -> Result<(File, &'static str, Option<io::Error>)> {
     let file = || {
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create(true).mode(0o600);
@@ -86,13 +93,12 @@ fn open() -> Result<(File, &'static str)> {
         opened => opened,
     };
     let error = match opened {
-        Ok(file) => return Ok((file, PATH)),
+        Ok(file) => return Ok((file, PATH, None)),
         Err(error) => error,
     };
     for folder in FOLDERS {
         if let Ok(file) = File::open(folder) {
-            warn!("can't open the lock {PATH} ({error}): the folder {folder} is locked instead");
-            return Ok((file, folder));
+            return Ok((file, folder, Some(error)));
         }
     }
     Err(error).with_context(|| format!("open the lock {PATH}"))

@@ -327,7 +327,7 @@ pub fn event(call: &Call) {
                 event.interface
             );
             assert_eq!(event.identity.interface.as_ref(), Some(&event.interface));
-            assert!(direction != Direction::Down || event.local.is_none());
+            assert!(direction != Direction::Down || event.identity.address.is_none());
             let request = Request::Event(event);
             let named = request.named(&config);
             assert!(named.is_err() || named.is_ok_and(|names| names.len() < 2));
