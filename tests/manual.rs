@@ -283,11 +283,7 @@ fn what_it_puts_in_the_kernel_is_what_a_dry_run_prints() {
         state: LinkState::Up,
         mtu: Some(1492),
     };
-    let up = Up {
-        name,
-        uplink,
-        link: &link,
-    };
+    let up = Up::new(name, uplink, &link);
     let steps = diff(&State::default(), &desired(&config, &up));
     let commands = steps.iter().flat_map(Step::commands);
     let mut printed: Vec<String> = commands

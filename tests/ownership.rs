@@ -18,6 +18,7 @@ use mh_hook::model::route::{Route, RouteRule};
 use mh_hook::model::state::{Entry, State};
 use mh_hook::reconcile::Plan;
 use mh_hook::reconcile::desired::{Up, desired};
+use mh_hook::reconcile::dnat::AllChains;
 use mh_hook::reconcile::event::{Direction, Event};
 use mh_hook::reconcile::ownership::{Claimant, Owner, Owners};
 use mh_hook::reconcile::request::Request;
@@ -150,11 +151,7 @@ fn desired_by(config: &Config, uplinks: &[Uplink], index: usize) -> State {
         state: LinkState::Up,
         mtu: Some(1492),
     };
-    let up = Up {
-        name: &name,
-        uplink: &config.uplinks[&name],
-        link: &link,
-    };
+    let up = Up::new(&name, &config.uplinks[&name], &link);
     desired(config, &up)
 }
 
@@ -302,7 +299,7 @@ proptest! {
         let installed = some(&all(&config, &uplinks), &missing);
         let kernel = kernel(&uplinks, &installed);
         for request in requests(0, uplinks[0].address) {
-            let Some(plan) = Plan::new(&request, Some(&config), &kernel).expect("a plan") else {
+            let Some(plan) = Plan::new(&request, Some(&config), &AllChains::new(), &kernel).expect("a plan") else {
                 continue;
             };
             for index in 1..uplinks.len() {
@@ -321,7 +318,7 @@ proptest! {
         let installed = all(&config, &uplinks);
         let kernel = kernel(&uplinks, &installed);
         let request = Request::Down { interface: interface(0) };
-        let plan = Plan::new(&request, None, &kernel).expect("a plan").expect("something to do");
+        let plan = Plan::new(&request, None, &AllChains::new(), &kernel).expect("a plan").expect("something to do");
         let mut others = State::default();
         for index in 1..uplinks.len() {
             others.merge(desired_by(&config, &uplinks, index));
@@ -338,7 +335,7 @@ proptest! {
         let is_routing = |state: State| State { tables: BTreeMap::new(), src_valid_mark: Default::default(), ..state };
         let kernel = kernel(&uplinks, &is_routing(all(&config, &uplinks)));
         let request = Request::Down { interface: interface(0) };
-        let plan = Plan::new(&request, None, &kernel).expect("a plan").expect("something to do");
+        let plan = Plan::new(&request, None, &AllChains::new(), &kernel).expect("a plan").expect("something to do");
         let mut others = State::default();
         for index in 1..uplinks.len() {
             others.merge(is_routing(desired_by(&config, &uplinks, index)));
@@ -453,6 +450,6 @@ fn two_uplinks_that_use_one_interface_in_turn_leave_nothing_behind() {
     let link = kernel.links.get_mut("ppp0").expect("the link");
     (link.up, link.addresses) = (false, Vec::new());
     let request = requests(0, uplinks[0].address).swap_remove(1);
-    let plan = Plan::new(&request, Some(&config), &kernel).expect("a plan");
+    let plan = Plan::new(&request, Some(&config), &AllChains::new(), &kernel).expect("a plan");
     assert_eq!(plan.expect("something to do").desired, State::default());
 }

@@ -18,6 +18,7 @@ use mh_hook::model::names::UplinkName;
 use mh_hook::model::state::State;
 use mh_hook::reconcile::Plan;
 use mh_hook::reconcile::diff::{Change, Step, diff};
+use mh_hook::reconcile::dnat::AllChains;
 use mh_hook::reconcile::event::{Direction, Event};
 use mh_hook::reconcile::ownership::Owners;
 use mh_hook::reconcile::parts::parts;
@@ -47,7 +48,12 @@ impl Case {
     }
 
     fn plan(&self) -> Plan {
-        let plan = Plan::new(&self.request, self.config.as_ref(), &self.kernel);
+        let plan = Plan::new(
+            &self.request,
+            self.config.as_ref(),
+            &AllChains::new(),
+            &self.kernel,
+        );
         plan.expect("a plan").expect("something to do")
     }
 }

@@ -28,11 +28,7 @@ fn state(rest: &str, address: &str) -> (Config, UplinkLinks, State) {
         state: LinkState::Up,
         mtu: None,
     };
-    let up = Up {
-        name: &name,
-        uplink: &config.uplinks[&name],
-        link: &link,
-    };
+    let up = Up::new(&name, &config.uplinks[&name], &link);
     let state = desired(&config, &up);
     (config, BTreeMap::from([(name, Some(link))]), state)
 }

@@ -20,6 +20,7 @@ use crate::model::names::UplinkName;
 use crate::model::state::State;
 use crate::reconcile::desired::{Pins, desired_state};
 use crate::reconcile::diff::{Step, diff};
+use crate::reconcile::dnat::AllChains;
 use crate::reconcile::ownership::Owners;
 use crate::reconcile::request::{Request, Seen, unknown};
 use crate::runtime::privilege::drop_all_but_needed;
@@ -68,7 +69,7 @@ impl Snapshot {
         let mut tools = Tools::find(Instant::now() + LIMIT)?;
         drop_all_but_needed(tools.known_backend());
         tools.ask_backend()?;
-        let mut kernel = Kernel::read(&tools, Whose::Everybodys, Counters::Shown)?;
+        let mut kernel = Kernel::read(tools.iptables_save(Counters::Shown)?, Whose::Everybodys)?;
         kernel.dialled = pppd::dialled(&root);
         Self::new(root, tools, kernel)
     }
@@ -79,7 +80,7 @@ impl Snapshot {
         let other = tools.other().filter(|other| has_tables(other.backend));
         let other_ruleset = other.map(|other| -> Result<(Backend, Ruleset)> {
             let save = other.iptables_save(Counters::Shown)?;
-            Ok((other.backend, Ruleset::parse(&save.answer()?)?))
+            Ok((other.backend, Ruleset::read(save)?))
         });
         let other_ruleset = other_ruleset.transpose()?.filter(|(_, it)| !it.is_empty());
         let mut rulesets = vec![(tools.backend, TracedRuleset::new(&kernel.ruleset))];
@@ -109,7 +110,13 @@ impl Snapshot {
         };
         let (links, troubles) = Request::Sync.links(config, &seen)?;
         let unknown = unknown(config, &links, &seen).into_keys().collect();
-        let desired = desired_state(Some(config), &links, Pins::StayClosed, State::default());
+        let desired = desired_state(
+            Some(config),
+            &AllChains::new(),
+            &links,
+            Pins::StayClosed,
+            State::default(),
+        );
         Ok(Comparison {
             owners,
             installed,

@@ -220,7 +220,7 @@ fn forwards(
         ForwardStatus {
             service: forward.to_string(),
             from: forward.from.iter().map(ToString::to_string).collect(),
-            to: forward.destination(),
+            to: forward.destination().to_string(),
             connections: counter.map(|counter| counter.packets),
             bytes: counter.map(|counter| counter.bytes),
             open_bytes: open.filter(|_| has_bytes).map(|open| open.bytes),

@@ -9,8 +9,9 @@ use anyhow::Result;
 use crate::kernel::iptables_save::Ruleset;
 use crate::kernel::link::{Link, Links};
 use crate::kernel::netlink;
+use crate::kernel::process::Process;
 use crate::kernel::routing::{RoutingDump, Whose};
-use crate::kernel::tools::{Backend, Counters, Tools};
+use crate::kernel::tools::Backend;
 use crate::model::link::Identity;
 
 /// The kernel's state, read at about one instant.
@@ -27,13 +28,12 @@ pub struct Kernel {
 impl Kernel {
     /// Reads the kernel's state; asks netlink while iptables-save runs.
     /// Errors: a netlink dump or iptables-save fails, or prints what can't be parsed.
-    pub fn read(tools: &Tools, whose: Whose, counters: Counters) -> Result<Self> {
-        let save = tools.iptables_save(counters)?;
+    pub fn read(save: Process, whose: Whose) -> Result<Self> {
         Ok(Self {
             routing: RoutingDump::read(whose)?,
             links: Link::all()?,
             dialled: Vec::new(),
-            ruleset: Ruleset::parse(&save.answer()?)?,
+            ruleset: Ruleset::read(save)?,
         })
     }
 }

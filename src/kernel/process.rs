@@ -1,6 +1,7 @@
 //! A running tool: its input, its output and its exit status, within a time limit. Does not know which tool it is.
 
 use std::io::{ErrorKind, Read, Write};
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -22,6 +23,10 @@ const PIPE_BUF: usize = 4096;
 
 /// How many bytes are read at once: as many as a pipe holds by default (pipe(7)).
 const READ_SIZE: usize = 1 << 16;
+
+/// How many bytes a tool can print ahead of our reading, if the kernel allows it (`/proc/sys/fs/pipe-max-size`, pipe(7)):
+/// 10,000 rules.
+const PIPE_SIZE: i32 = 1 << 20;
 
 /// The most that a tool may print on stdout or on stderr, in bytes: 10,000 rules are 1 MiB.
 const MAX_OUTPUT: usize = 64 << 20;
@@ -71,7 +76,6 @@ pub struct Process {
     input: String,
     /// How many bytes of the input the tool's stdin has taken.
     written: usize,
-    stdout: Vec<u8>,
     stderr: Vec<u8>,
     /// When the whole call must be done.
     deadline: Instant,
@@ -96,7 +100,6 @@ impl Process {
             child,
             input: String::new(),
             written: 0,
-            stdout: Vec::new(),
             stderr: Vec::new(),
             deadline,
             until: deadline.min(Instant::now() + LIMIT),
@@ -104,6 +107,10 @@ impl Process {
         };
         if let Some(stdin) = &process.child.stdin {
             fcntl(stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        }
+        if let Some(stdout) = &process.child.stdout {
+            // Best effort: then the tool need not wait while we do something else.
+            let _ = fcntl(stdout, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE));
         }
         Ok(process)
     }
@@ -120,13 +127,21 @@ impl Process {
 
     /// Waits until the tool exits.
     /// Errors: it does not exit in time, or prints too much.
-    pub fn finish(mut self) -> Result<Output> {
-        let status = self.run().with_context(|| self.name.clone())?;
+    pub fn finish(self) -> Result<Output> {
+        let mut stdout = Vec::new();
+        let mut output = self.finish_to(|part| stdout.extend_from_slice(part))?;
+        output.stdout = text(stdout);
+        Ok(output)
+    }
+
+    /// Waits until the tool exits, and hands over what it prints on stdout as soon as it comes; the output has none of it.
+    fn finish_to(mut self, take: impl FnMut(&[u8])) -> Result<Output> {
+        let status = self.run(take).with_context(|| self.name.clone())?;
         Ok(Output {
-            name: std::mem::take(&mut self.name),
+            name: mem::take(&mut self.name),
             status,
-            stdout: text(std::mem::take(&mut self.stdout)),
-            stderr: text(std::mem::take(&mut self.stderr)),
+            stdout: String::new(),
+            stderr: text(mem::take(&mut self.stderr)),
         })
     }
 
@@ -136,19 +151,35 @@ impl Process {
         Ok(self.finish()?.success()?.stdout)
     }
 
+    /// Hands over what the tool prints on stdout as soon as it comes.
+    /// Errors: it fails, or does not exit in time; an error of who takes it, unless the tool fails, too.
+    pub fn answer_to(self, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let mut taken = Ok(());
+        let output = self.finish_to(|part| {
+            if taken.is_ok() {
+                taken = take(part);
+            }
+        })?;
+        output.success()?;
+        taken
+    }
+
     /// Writes, reads and waits until the tool exits.
-    fn run(&mut self) -> Result<ExitStatus> {
+    fn run(&mut self, mut take: impl FnMut(&[u8])) -> Result<ExitStatus> {
         let mut buffer = vec![0; READ_SIZE];
+        let mut printed = [0; 2];
         while self.child.stdout.is_some() || self.child.stderr.is_some() {
             let [stdin, stdout, stderr] = self.ready()?;
             if stdin {
                 self.write_input()?;
             }
             if stdout {
-                read_some(&mut self.child.stdout, &mut buffer, &mut self.stdout)?;
+                let part = read_some(&mut self.child.stdout, &mut buffer, &mut printed[0])?;
+                take(part);
             }
             if stderr {
-                read_some(&mut self.child.stderr, &mut buffer, &mut self.stderr)?;
+                let part = read_some(&mut self.child.stderr, &mut buffer, &mut printed[1])?;
+                self.stderr.extend_from_slice(part);
             }
         }
         self.wait()
@@ -241,8 +272,12 @@ fn fd(pipe: &Option<impl AsFd>) -> Option<BorrowedFd<'_>> {
     pipe.as_ref().map(AsFd::as_fd)
 }
 
-/// Reads what the pipe holds; closes the pipe at its end.
-fn read_some(pipe: &mut Option<impl Read>, buffer: &mut [u8], output: &mut Vec<u8>) -> Result<()> {
+/// Reads what the pipe holds; closes the pipe at its end. `printed` counts the bytes.
+fn read_some<'a>(
+    pipe: &mut Option<impl Read>,
+    buffer: &'a mut [u8],
+    printed: &mut usize,
+) -> Result<&'a [u8]> {
     let length = match pipe {
         Some(pipe) => pipe.read(buffer).context("read its output")?,
         None => 0,
@@ -250,12 +285,12 @@ fn read_some(pipe: &mut Option<impl Read>, buffer: &mut [u8], output: &mut Vec<u
     if length == 0 {
         *pipe = None;
     }
-    output.extend_from_slice(&buffer[..length]);
+    *printed += length;
     ensure!(
-        output.len() <= MAX_OUTPUT,
+        *printed <= MAX_OUTPUT,
         "printed more than {MAX_OUTPUT} bytes and was stopped"
     );
-    Ok(())
+    Ok(&buffer[..length])
 }
 
 /// Output as text: the name of a foreign interface can hold any byte.

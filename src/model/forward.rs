@@ -99,22 +99,30 @@ impl PortRange {
     }
 
     /// `8000:8010`, as iptables has it.
-    pub fn by_colon(self) -> String {
-        self.text(':')
+    pub fn by_colon(self) -> impl fmt::Display {
+        ByColon(self)
     }
 
-    fn text(self, separator: char) -> String {
+    fn write(self, f: &mut fmt::Formatter<'_>, separator: char) -> fmt::Result {
         let Self { first, last } = self;
         match self.is_one() {
-            true => first.to_string(),
-            false => format!("{first}{separator}{last}"),
+            true => write!(f, "{first}"),
+            false => write!(f, "{first}{separator}{last}"),
         }
     }
 }
 
 impl fmt::Display for PortRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text('-'))
+        self.write(f, '-')
+    }
+}
+
+struct ByColon(PortRange);
+
+impl fmt::Display for ByColon {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.write(f, ':')
     }
 }
 
@@ -174,10 +182,18 @@ impl Forward {
     }
 
     /// Host and port, as in the configuration: `192.168.0.2:8080`, `192.168.0.2`, `:8443`.
-    pub fn destination(&self) -> String {
-        let host = self.to.map(|to| to.to_string()).unwrap_or_default();
-        self.to_port
-            .map_or(host.clone(), |port| format!("{host}:{port}"))
+    pub fn destination(&self) -> impl fmt::Display {
+        Destination(self.to, self.to_port)
+    }
+}
+
+struct Destination(Option<Ipv4Addr>, Option<u16>);
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(host, port) = self;
+        host.map_or(Ok(()), |host| write!(f, "{host}"))?;
+        port.map_or(Ok(()), |port| write!(f, ":{port}"))
     }
 }
 
@@ -261,7 +277,8 @@ pub fn overlapping(forwards: &[Forward]) -> BTreeMap<usize, usize> {
         None => (0, u16::MAX),
     };
     let mut sorted: Vec<_> = forwards.iter().map(ports).zip(0..).collect();
-    sorted.sort_unstable();
+    // Mostly they are sorted already, but for a few: that is what the stable sort is quick at.
+    sorted.sort();
     let mut found: BTreeMap<usize, usize> = BTreeMap::new();
     for (place, ((_, last), one)) in sorted.iter().enumerate() {
         let behind = sorted[place + 1..].iter();

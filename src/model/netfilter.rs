@@ -46,19 +46,11 @@ impl Rule {
     /// Errors: a quote is not closed.
     pub fn parse(text: &str) -> Result<Self> {
         // Plain words, one space apart, stand in that form already: there may be 10,000 such rules.
-        let mut last = b' ';
-        let is_in_form = text.bytes().all(|byte| {
-            let fits = match byte {
-                b' ' => last != b' ',
-                _ => is_plain(byte),
-            };
-            last = byte;
-            fits
-        });
-        if is_in_form && last != b' ' && !text.contains("-p gre") {
+        let mut words = text.as_bytes().split(|byte| *byte == b' ');
+        if words.all(|word| !word.is_empty() && word != b"gre" && word.iter().all(is_plain)) {
             return Ok(Self(text.to_owned()));
         }
-        Ok(Self(join(&words(text)?)))
+        Ok(Self(join(&self::words(text)?)))
     }
 
     /// The words, without their quotes.
@@ -148,7 +140,7 @@ pub fn join(words: &[String]) -> String {
         }
         let is_name = is_before_name(last.as_bytes());
         last = word;
-        if is_name || !word.is_empty() && word.bytes().all(is_plain) {
+        if is_name || !word.is_empty() && word.as_bytes().iter().all(is_plain) {
             text.push_str(word);
         } else {
             text.push('"');
@@ -171,6 +163,6 @@ pub fn is_before_name(option: &[u8]) -> bool {
 }
 
 /// Whether a byte needs no quotes.
-fn is_plain(byte: u8) -> bool {
+fn is_plain(byte: &u8) -> bool {
     matches!(byte, b'a'..=b'z' | b'A'..=b'Z' | b'+'..=b':' | b'_' | b'=' | b'!' | b'@' | b'%')
 }

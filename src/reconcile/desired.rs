@@ -1,6 +1,7 @@
 //! What the kernel should hold for an uplink that is up: (configuration, link) to [`State`]. Pure; does not look at what
 //! is installed. Each kind of entry is built in one place, below its notation, and has its form in `ownership`.
 
+use std::borrow::Cow;
 use std::rc::Rc;
 
 use ipnetwork::Ipv4Network;
@@ -11,14 +12,28 @@ use crate::model::names::UplinkName;
 use crate::model::netfilter::{Rule, Table};
 use crate::model::route::{CLOSING_METRIC, FwMark, PROTOCOL, Route, RouteKind, RouteRule, TableId};
 use crate::model::state::State;
-use crate::reconcile::dnat;
+use crate::reconcile::dnat::{self, AllChains, Chains};
 
 /// An uplink whose link is up, or about to be.
 #[derive(Debug)]
 pub struct Up<'a> {
-    pub name: &'a UplinkName,
-    pub uplink: &'a Uplink,
-    pub link: &'a UplinkLink,
+    name: &'a UplinkName,
+    uplink: &'a Uplink,
+    link: &'a UplinkLink,
+    /// The chains of its forwards.
+    chains: Cow<'a, Chains>,
+}
+
+impl<'a> Up<'a> {
+    pub fn new(name: &'a UplinkName, uplink: &'a Uplink, link: &'a UplinkLink) -> Self {
+        let chains = Cow::Owned(dnat::chains(name, &uplink.forwards));
+        Self {
+            name,
+            uplink,
+            link,
+            chains,
+        }
+    }
 }
 
 /// All entries for this uplink. One without a routing table only masquerades and clamps.
@@ -59,9 +74,10 @@ pub enum Pins {
 }
 
 /// All of ours that should be there after a call: what it leaves alone, and the entries for the links in question.
-/// Without a configuration entries can only be removed.
+/// Without a configuration entries can only be removed. `chains` are those that have been made already.
 pub fn desired_state(
     config: Option<&Config>,
+    chains: &AllChains,
     links: &UplinkLinks,
     closed: Pins,
     left_alone: State,
@@ -74,7 +90,18 @@ pub fn desired_state(
             continue;
         };
         match link {
-            Some(link) => all.merge(desired(config, &Up { name, uplink, link })),
+            Some(link) => {
+                let up = match chains.get(name) {
+                    Some(chains) => Up {
+                        name,
+                        uplink,
+                        link,
+                        chains: Cow::Borrowed(chains),
+                    },
+                    None => Up::new(name, uplink, link),
+                };
+                all.merge(desired(config, &up));
+            }
             None if closed == Pins::StayClosed => all.merge(desired_down(config, uplink)),
             None => {}
         }
@@ -244,8 +271,8 @@ fn forwards(up: &Up, state: &mut State) {
         up.name.chain()
     );
     state.add_rule(Table::Nat, up.name, "PREROUTING", Rule(spec));
-    for (chain, rules) in dnat::chains(up.name, &up.uplink.forwards) {
-        state.add_chain(Table::Nat, up.name, &chain, rules);
+    for (chain, rules) in &*up.chains {
+        state.add_chain(Table::Nat, up.name, chain, rules.clone());
     }
 }
 

@@ -14,6 +14,7 @@ use std::rc::Rc;
 
 use ipnetwork::Ipv4Network;
 
+use crate::config::Config;
 use crate::model::forward::{Forward, PortRange, Protocol};
 use crate::model::names::UplinkName;
 use crate::model::netfilter::{Rule, Rules, UplinkTable};
@@ -27,8 +28,22 @@ const PORTS: u16 = 100;
 /// The ports that share a subchain: their protocol, and the first port.
 type Block = (Protocol, u16);
 
+/// The chains of one uplink, by their names: its own, and those below it.
+pub type Chains = BTreeMap<String, Rules>;
+
+/// The chains of several uplinks.
+pub type AllChains = BTreeMap<UplinkName, Chains>;
+
+/// The chains of all configured uplinks.
+pub fn all_chains(config: &Config) -> AllChains {
+    let uplinks = config.uplinks.iter();
+    uplinks
+        .map(|(name, uplink)| (name.clone(), chains(name, &uplink.forwards)))
+        .collect()
+}
+
 /// The uplink's own chain and those below it, by their names.
-pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> BTreeMap<String, Rules> {
+pub fn chains(uplink: &UplinkName, forwards: &[Forward]) -> Chains {
     let rules = forwards.iter().flat_map(|forward| {
         rules(forward).map(move |(protocol, rule)| (protocol, block(protocol, forward), rule))
     });

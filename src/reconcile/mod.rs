@@ -28,6 +28,7 @@ use crate::kernel::iptables_save::Ruleset;
 use crate::kernel::link::{Link, Links};
 use crate::kernel::observe::Kernel;
 use crate::kernel::pppd;
+use crate::kernel::process::Process;
 use crate::kernel::root::Root;
 use crate::kernel::routing::{self, Whose};
 use crate::kernel::tools::{Counters, OnError, Tools};
@@ -39,6 +40,7 @@ use crate::model::state::State;
 use crate::reconcile::apply::{Outcome, apply};
 use crate::reconcile::desired::desired_state;
 use crate::reconcile::diff::{Step, diff};
+use crate::reconcile::dnat::{AllChains, all_chains};
 use crate::reconcile::other_backend::OtherBackend;
 use crate::reconcile::ownership::{Claimant, Claimants, Owners, Scope};
 use crate::reconcile::request::{Request, Seen};
@@ -70,10 +72,12 @@ pub struct Session {
     started: Instant,
     tools: Tools,
     lock: Option<Lock>,
+    /// iptables-save, which takes the most time where there are many rules. It runs while the configuration is read.
+    save: Process,
 }
 
 impl Session {
-    /// Finds the tools and waits for the lock.
+    /// Finds the tools, waits for the lock, and starts to read the kernel.
     /// Errors: a tool is missing, or others hold the lock for too long.
     pub fn begin(mode: Mode) -> Result<Self> {
         let started = Instant::now();
@@ -85,6 +89,7 @@ impl Session {
             Mode::DryRun => None,
         };
         Ok(Self {
+            save: tools.iptables_save(Counters::Hidden)?,
             started,
             tools,
             lock,
@@ -115,6 +120,7 @@ impl Plan {
     pub fn new(
         request: &Request,
         config: Option<&Config>,
+        chains: &AllChains,
         kernel: &Kernel,
     ) -> Result<Option<Self>> {
         let owners = Owners::new(config, kernel);
@@ -130,7 +136,8 @@ impl Plan {
         };
         let scope = scope(request, config, &links, &owners);
         let left_alone = owners.left_alone(&installed, &scope);
-        let desired = desired_state(config, &links, request.pins_of_down_links(), left_alone);
+        let closed = request.pins_of_down_links();
+        let desired = desired_state(config, chains, &links, closed, left_alone);
         let steps = diff(&installed, &desired);
         Ok(Some(Self {
             links,
@@ -180,7 +187,9 @@ pub fn reconcile(
         started,
         ref tools,
         lock,
+        save,
     } = session;
+    let mut save = Some(save);
     let named = || request.to_string();
     if let Some((interface, config)) = request.interface().zip(config)
         && request.named(config)?.is_empty()
@@ -188,18 +197,24 @@ pub fn reconcile(
         debug!("no uplink names {interface}: only what the kernel's entries tell is looked for");
     }
     let mut other_backend = OtherBackend::read(tools, config);
+    // The links do not matter for them, so they are made while iptables-save runs.
+    let chains = config.filter(|_| !request.removes()).map(all_chains);
+    let chains = chains.unwrap_or_default();
     let mut total = Outcome::default();
     let mut failed: Option<Vec<Step>> = None;
     // The installed entries before the first change that can leave stale connections.
     let mut before: Option<State> = None;
     for round in 0..ROUNDS {
-        let mut kernel = Kernel::read(tools, Whose::Ours, Counters::Hidden)
+        let running = save.take().map(Ok);
+        let running = running.unwrap_or_else(|| tools.iptables_save(Counters::Hidden));
+        let mut kernel = running
+            .and_then(|save| Kernel::read(save, Whose::Ours))
             .map_err(|error| all(&total.errors, Some(error)))
             .with_context(named)?;
         if config.is_some_and(Config::asks_pppd) {
             kernel.dialled = pppd::dialled(&Root::system());
         }
-        let Some(plan) = Plan::new(request, config, &kernel)? else {
+        let Some(plan) = Plan::new(request, config, &chains, &kernel)? else {
             return Ok(());
         };
         let Plan {

@@ -31,7 +31,7 @@ impl OtherBackend {
             return None;
         }
         let save = tools.iptables_save(Counters::Hidden);
-        let ruleset = match save.and_then(|save| Ruleset::parse(&save.answer()?)) {
+        let ruleset = match save.and_then(Ruleset::read) {
             Ok(ruleset) => ruleset,
             Err(error) => {
                 warn!("what {} holds: {error:#}", tools.backend);

@@ -29,7 +29,7 @@ pub fn parts(
         let part = Part {
             installed: State::default(),
             desired: match link {
-                Some(link) => desired(config, &Up { name, uplink, link }),
+                Some(link) => desired(config, &Up::new(name, uplink, link)),
                 None => desired_down(config, uplink),
             },
         };

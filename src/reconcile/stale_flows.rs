@@ -1,6 +1,7 @@
 //! Tracked connections that contradict the desired entries, and no others. NAT is decided by a connection's first packet,
 //! and the connection keeps its mark: one that began before a change goes on as before the change. Pure.
 
+use std::cell::LazyCell;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
@@ -8,7 +9,7 @@ use ipnetwork::Ipv4Network;
 
 use crate::config::Config;
 use crate::kernel::conntrack::{Filter, Flow};
-use crate::model::forward::{Forward, ForwardIndex};
+use crate::model::forward::ForwardIndex;
 use crate::model::link::UplinkLinks;
 use crate::model::names::{IfName, UplinkName};
 use crate::model::netfilter::{Rule, Table};
@@ -48,8 +49,8 @@ impl<'a> Judges<'a> {
     pub fn new(
         config: &'a Config,
         links: &'a UplinkLinks,
-        installed: &State,
-        desired: &State,
+        installed: &'a State,
+        desired: &'a State,
     ) -> Self {
         let mut judges: Vec<Judge> = Vec::new();
         for (name, link) in links {
@@ -62,8 +63,9 @@ impl<'a> Judges<'a> {
                 lan: &config.lan.networks,
                 // Without hairpin, the LAN's packets to the address are for the router itself.
                 for_lan: uplink.hairpin,
-                old: ForwardIndex::new(forwards(name, installed)),
-                new: ForwardIndex::new(forwards(name, desired)),
+                had_forwards: has_chains(name, installed),
+                old: index(name, installed),
+                new: index(name, desired),
                 old_mark: mark(name, installed),
                 mark: mark(name, desired),
                 masqueraded_now: (masquerades(desired) && !masquerades(installed))
@@ -80,8 +82,9 @@ impl<'a> Judges<'a> {
                 addresses: &[],
                 lan: &config.lan.networks,
                 for_lan: true,
-                old: ForwardIndex::new(forwards(name, installed)),
-                new: ForwardIndex::default(),
+                had_forwards: has_chains(name, installed),
+                old: index(name, installed),
+                new: index(name, desired),
                 old_mark: mark(name, installed),
                 mark: None,
                 masqueraded_now: None,
@@ -95,7 +98,7 @@ impl<'a> Judges<'a> {
         let mut filters = BTreeSet::new();
         for judge in &self.0 {
             // Where there were no forwards, no connection to the link's own addresses has a former target.
-            if judge.masqueraded_now.is_none() || !judge.old.is_empty() {
+            if judge.masqueraded_now.is_none() || judge.had_forwards {
                 filters.insert(Filter::DestinationNat);
             }
             match judge.masqueraded_now {
@@ -143,10 +146,22 @@ fn masquerades(name: &UplinkName, state: &State) -> bool {
     entries.any(|(chain, rule)| is_masquerade(Table::Nat, chain, rule))
 }
 
-fn forwards(name: &UplinkName, state: &State) -> Vec<Forward> {
+/// The uplink's forwards, as its chains tell them, made when the first flow is judged: mostly there is none, and there may
+/// be 10,000 forwards.
+type LazyIndex<'a> = LazyCell<ForwardIndex, Box<dyn FnOnce() -> ForwardIndex + 'a>>;
+
+fn index<'a>(name: &'a UplinkName, state: &'a State) -> LazyIndex<'a> {
+    LazyCell::new(Box::new(move || {
+        let own = state.tables.get(&(Table::Nat, name.clone()));
+        let rules = own.into_iter().flat_map(|own| dnat::in_order(name, own));
+        ForwardIndex::new(rules.filter_map(dnat::parse).collect())
+    }))
+}
+
+/// Whether the uplink has chains for forwards.
+fn has_chains(name: &UplinkName, state: &State) -> bool {
     let own = state.tables.get(&(Table::Nat, name.clone()));
-    let rules = own.into_iter().flat_map(|own| dnat::in_order(name, own));
-    rules.filter_map(dnat::parse).collect()
+    own.is_some_and(|own| !own.chains.is_empty())
 }
 
 fn mark(name: &UplinkName, state: &State) -> Option<FwMark> {
@@ -161,8 +176,10 @@ struct Judge<'a> {
     addresses: &'a [Ipv4Addr],
     lan: &'a [Ipv4Network],
     for_lan: bool,
-    old: ForwardIndex,
-    new: ForwardIndex,
+    /// Whether there were forwards before the change.
+    had_forwards: bool,
+    old: LazyIndex<'a>,
+    new: LazyIndex<'a>,
     old_mark: Option<FwMark>,
     mark: Option<FwMark>,
     /// The link, if the LAN's packets take its address from this change on.

@@ -61,11 +61,7 @@ pub fn config(data: &[u8]) {
             state: LinkState::Up,
             mtu: Some(1492),
         };
-        let up = Up {
-            name,
-            uplink,
-            link: &link,
-        };
+        let up = Up::new(name, uplink, &link);
         all.merge(desired(&config, &up));
         for (_, rule) in uplink.forwards.iter().flat_map(dnat::rules) {
             assert!(dnat::parse(&rule).is_some(), "{rule:?}");
