@@ -71,7 +71,7 @@ fn all_ids() -> BTreeSet<String> {
     let mut ids = BTreeSet::new();
     for source in entries(Path::new("src/inspect/check")) {
         let text = fs::read_to_string(source).expect("a source");
-        for call in ["Finding::stops(", "Finding::harms(", "Finding::note("] {
+        for call in ["Finding::error(", "Finding::warning(", "Finding::info("] {
             let arguments = text.split(call).skip(1);
             let names = arguments.filter_map(|text| text.trim_start().strip_prefix('"'));
             ids.extend(names.filter_map(|name| Some(name.split_once('"')?.0.to_owned())));
@@ -179,15 +179,15 @@ fn drifts_of_status(status: &Status) -> Vec<String> {
     .collect()
 }
 
-/// `stops drift isp0: 1 entry is missing: …`, and below it what fixes that.
+/// `error drift isp0: 1 entry is missing: …`, and below it what fixes that.
 fn text(check: &Check) -> String {
     let mut text = String::new();
     for finding in &check.findings {
-        let weight = format!("{:?}", finding.weight).to_lowercase();
+        let severity = format!("{:?}", finding.severity).to_lowercase();
         let uplink = finding.uplink.as_ref().map(|name| format!(" {name}"));
         let _ = writeln!(
             text,
-            "{weight} {}{}: {}",
+            "{severity} {}{}: {}",
             finding.id,
             uplink.unwrap_or_default(),
             finding.what

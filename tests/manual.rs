@@ -43,7 +43,7 @@ fn every_finding_of_check_stands_in_the_manual() {
     let mut found = 0;
     for source in sources {
         let text = fs::read_to_string(&source).expect("a source");
-        for start in ["Finding::stops(", "Finding::harms(", "Finding::note("] {
+        for start in ["Finding::error(", "Finding::warning(", "Finding::info("] {
             for call in text.split(start).skip(1) {
                 let Some(id) = call.trim_start().strip_prefix('"') else {
                     continue;

@@ -54,11 +54,11 @@ for f in json.load(open(sys.argv[1]))["findings"]:
 # expect_found ID WEIGHT [TEXT THAT IT SAYS]
 expect_found() {
     local found status=0
-    found=$(findings 'f["weight"] + " " + f["what"] if f["id"] == "'"$1"'" else None')
+    found=$(findings 'f["severity"] + " " + f["what"] if f["id"] == "'"$1"'" else None')
     [[ $found == "$2 "*"${3-}"* ]] || fail "expected $1 ($2, '${3-}'), found '$found' among:"$'\n'"$(mh_hook check)"
     expect_schema check "$LAB_DIR/check.json"
     mh_hook check >"$LAB_DIR/check" || status=$?
-    expect_equal "exit status, beside a finding that $2" "$(sed -n '/^stops:/{p;q}' "$LAB_DIR/check" | wc -l)" "$status"
+    expect_equal "exit status, beside a finding that $2" "$(sed -n '/^error:/{p;q}' "$LAB_DIR/check" | wc -l)" "$status"
 }
 
 expect_not_found() {
@@ -67,18 +67,18 @@ expect_not_found() {
     [[ ! $found ]] || fail "expected no $1, found: $found"
 }
 
-# Nothing stops or harms; a note may be there.
+# No error and no warning; an info may be there.
 expect_all_well() {
     local found
-    found=$(findings 'f["id"] + ": " + f["what"] if f["weight"] != "note" else None')
-    [[ ! $found ]] || fail "expected nothing that stops or harms, found: $found"
+    found=$(findings 'f["id"] + ": " + f["what"] if f["severity"] != "info" else None')
+    [[ ! $found ]] || fail "expected no error and no warning, found: $found"
     mh_hook check >"$LAB_DIR/check" || fail "exit status $?"
 }
 
 # mend ID: runs the commands that it names.
 mend() {
     local command
-    findings '"\n".join(f["mend"]) if f["id"] == "'"$1"'" else None' >"$LAB_DIR/mend"
+    findings '"\n".join(f["fix"]) if f["id"] == "'"$1"'" else None' >"$LAB_DIR/mend"
     [[ -s $LAB_DIR/mend ]] || fail "nothing mends $1"
     while read -r command; do
         if [[ $command == "mh-hook "* ]]; then
@@ -139,7 +139,7 @@ test_check_finds_nothing_beside_others() {
     configure "$FORWARD_80"
     mh_hook sync
     expect_forward_silent
-    expect_mended_line forward-dropped stops "$FORWARD_80" "FORWARD's policy"
+    expect_mended_line forward-dropped error "$FORWARD_80" "FORWARD's policy"
     # They come last, as after a restart of theirs.
     mh_hook down ppp0
     mh_hook up ppp0
@@ -150,7 +150,7 @@ test_check_finds_nothing_beside_others() {
 expect_mended_line() {
     local line
     expect_found "$1" "$2" "$4"
-    line=$(findings 'f["mend"][0] if f["id"] == "'"$1"'" else None')
+    line=$(findings 'f["fix"][0] if f["id"] == "'"$1"'" else None')
     [[ $line == "[uplink.isp0] "* ]] || fail "expected a line for [uplink.isp0], got '$line'"
     configure "${line#\[uplink.isp0\] }"$'\n'"$3"
     mh_hook sync
@@ -178,12 +178,12 @@ test_check_tells_all_of_a_configuration_that_does_not_hold() {
     lab_etc
     configure $'mask = 3\nforward = [{ port = 0, to = "x" }]'
     lab_sysctl router net.ipv4.ip_forward=0
-    expect_found configuration stops "mh-hook.toml:"
+    expect_found configuration error "mh-hook.toml:"
     expect_equal "problems" 3 "$(findings '1 if f["id"] == "configuration" else None' | wc -l)"
     # What needs no configuration is looked at all the same.
-    expect_mended ip-forward stops
+    expect_mended ip-forward error
     lab_config </dev/null
-    expect_found no-uplinks note
+    expect_found no-uplinks info
     expect_all_well
 }
 
@@ -193,15 +193,15 @@ test_check_finds_forwarding_off() {
     up_and_checked
     lab_sysctl router net.ipv4.ip_forward=0
     expect_forward_silent
-    expect_mended ip-forward stops
+    expect_mended ip-forward error
     expect_forward_answered
     on_router sh -c 'echo 0 >/proc/sys/net/ipv4/conf/ppp0/forwarding'
     expect_forward_silent
-    expect_mended forwarding stops ppp0
+    expect_mended forwarding error ppp0
     expect_forward_answered
     on_router sh -c 'echo 0 >/proc/sys/net/ipv4/conf/eth1/forwarding'
     expect_forward_silent
-    expect_mended forwarding stops eth1
+    expect_mended forwarding error eth1
     expect_forward_answered
 }
 
@@ -211,14 +211,14 @@ test_check_finds_what_the_next_boot_sets() {
     [[ -d $folder ]] || { folder=/run/sysctl.d; mkdir "$folder"; }
     up_and_checked
     printf '# of a hardening guide\nnet.ipv4.ip_forward=0\n' >/etc/sysctl.d/95-hard.conf
-    expect_mended ip-forward-at-boot harms /etc/sysctl.d/95-hard.conf:2
+    expect_mended ip-forward-at-boot warning /etc/sysctl.d/95-hard.conf:2
     expect_equal "line 2" "net.ipv4.ip_forward = 1" "$(sed -n 2p /etc/sysctl.d/95-hard.conf)"
     # A file of the same name in an earlier folder takes its place.
     printf 'net.ipv4.ip_forward=0\n' >"$folder/99-package.conf"
-    expect_mended ip-forward-at-boot harms "$folder/99-package.conf:1"
+    expect_mended ip-forward-at-boot warning "$folder/99-package.conf:1"
     ln -s /dev/null /etc/sysctl.d/99-package.conf
     rm /etc/sysctl.d/9[059]-[!p]*
-    expect_mended ip-forward-at-boot note "no file of sysctl.d"
+    expect_mended ip-forward-at-boot info "no file of sysctl.d"
     rm /etc/sysctl.d/99-zz*
     # By the link in sysctl.d, and without systemd by itself.
     printf '\n\nnet/ipv4/ip_forward=1\n' >/etc/sysctl.conf
@@ -227,15 +227,15 @@ test_check_finds_what_the_next_boot_sets() {
     mkdir -p /run/systemd/system
     expect_not_found ip-forward-at-boot
     rm /etc/sysctl.d/99-sysctl.conf
-    expect_found ip-forward-at-boot note
+    expect_found ip-forward-at-boot info
     rmdir /run/systemd/system
     rm /etc/sysctl.conf
     printf 'net.ipv4.conf.*.forwarding = 0\n' >/etc/sysctl.d/10-pattern.conf
-    expect_mended ip-forward-at-boot harms /etc/sysctl.d/10-pattern.conf:1
+    expect_mended ip-forward-at-boot warning /etc/sysctl.d/10-pattern.conf:1
     mkdir /etc/ufw
     echo ENABLED=yes >/etc/ufw/ufw.conf
     echo net/ipv4/ip_forward=0 >/etc/ufw/sysctl.conf
-    expect_mended ip-forward-at-boot harms /etc/ufw/sysctl.conf:1
+    expect_mended ip-forward-at-boot warning /etc/ufw/sysctl.conf:1
 }
 
 test_check_finds_nothing_in_strict_filtering() {
@@ -245,7 +245,7 @@ test_check_finds_nothing_in_strict_filtering() {
     expect_all_well
     lab_sysctl router net.ipv4.conf.ppp0.src_valid_mark=0
     expect_forward_silent
-    expect_mended drift stops src_valid_mark
+    expect_mended drift error src_valid_mark
     expect_forward_answered
 }
 
@@ -254,42 +254,42 @@ test_check_finds_nothing_in_strict_filtering() {
 test_check_finds_links_that_carry_nothing() {
     up_and_checked
     ip -n router link set ppp0 down
-    expect_found link stops "ppp0 is down"
-    [[ $(findings '" ".join(f["mend"]) if f["id"] == "link" else None') == "pon isp0" ]] || fail "expected pon isp0"
+    expect_found link error "ppp0 is down"
+    [[ $(findings '" ".join(f["fix"]) if f["id"] == "link" else None') == "pon isp0" ]] || fail "expected pon isp0"
     rm /etc/ppp/peers/*
-    expect_mended link stops "ppp0 is down"
+    expect_mended link error "ppp0 is down"
     mh_hook sync
     expect_all_well
     ip -n router address flush dev ppp0
-    expect_found link stops "ppp0 has no IPv4 address"
+    expect_found link error "ppp0 has no IPv4 address"
     ip -n router link delete ppp0
-    expect_found link stops "ppp0 does not exist"
+    expect_found link error "ppp0 does not exist"
     lab_link_down ppp1
-    expect_found link stops
-    expect_equal "weights" "stops harms" "$(findings 'f["weight"] if f["id"] == "link" else None' | xargs)"
+    expect_found link error
+    expect_equal "severities" "error warning" "$(findings 'f["severity"] if f["id"] == "link" else None' | xargs)"
     lab_link_up ppp0 "$X"
     lab_link_up ppp1 198.51.100.20
     mh_hook sync
     expect_all_well
     ip -n router link set eth1 down
-    expect_found lan-interface stops "eth1 is down"
+    expect_found lan-interface error "eth1 is down"
     mend lan-interface
     expect_not_found lan-interface
     expect_forward_answered
     sed -i 's/interfaces = .*/interfaces = ["eth1", "eth7"]/' "$LAB_CONFIG"
     mh_hook sync
-    expect_found lan-interface harms "eth7 does not exist"
+    expect_found lan-interface warning "eth7 does not exist"
 }
 
 test_check_finds_a_link_that_nothing_names() {
     lab_etc
     mh_hook up ppp1
     sed -i 's/^interface = "ppp0"/ipparam = "isp0"/' "$LAB_CONFIG"
-    expect_mended link stops "no installed entry tells which interface"
+    expect_mended link error "no installed entry tells which interface"
     expect_forward_answered
     expect_all_well
     sed -i 's|networks = .*|networks = ["192.168.0.0/24", "203.0.113.0/24"]|' "$LAB_CONFIG"
-    expect_found address stops "203.0.113.10 can't be an uplink's address"
+    expect_found address error "203.0.113.10 can't be an uplink's address"
 }
 
 test_check_finds_entries_that_are_missing_or_too_many() {
@@ -298,7 +298,7 @@ test_check_finds_entries_that_are_missing_or_too_many() {
     while read -r entry; do
         # shellcheck disable=SC2086 # words of a command
         on_router $entry
-        expect_mended drift stops
+        expect_mended drift error
         expect_forward_answered
     done <<'EOF'
 ip route del default dev ppp0 table 10
@@ -312,11 +312,11 @@ ip rule del priority 100
 /usr/sbin/iptables -t mangle -F mh-isp0
 EOF
     leave_out mangle 'PREROUTING ! -i ppp0 .*CONNMARK --restore-mark'
-    expect_mended drift stops
+    expect_mended drift error
     on_router ip rule add priority 100 from 203.0.113.99 lookup 10 protocol 109
-    expect_mended drift harms 203.0.113.99
+    expect_mended drift warning 203.0.113.99
     on_router ip rule add priority 100 from 203.0.113.99 lookup 12 protocol 109
-    expect_mended orphans harms 203.0.113.99
+    expect_mended orphans warning 203.0.113.99
     expect_all_well
 }
 
@@ -325,14 +325,14 @@ EOF
 test_check_finds_others_in_our_tables() {
     up_and_checked
     on_router ip route add default dev ppp1 table 10 metric 50
-    expect_mended table-default harms
+    expect_mended table-default warning
     on_router ip route del default dev ppp0 table 10
     on_router ip route add default dev ppp1 table 10
     expect_forward_silent
-    expect_mended table-default stops
+    expect_mended table-default error
     expect_forward_answered
     on_router ip route add 192.0.2.50 dev ppp1 table 10
-    expect_found table-routes note 192.0.2.50
+    expect_found table-routes info 192.0.2.50
     expect_all_well
 }
 
@@ -343,30 +343,30 @@ test_check_finds_rules_that_overtake_ours() {
     on_router ip rule add not fwmark 51820 table 51820
     on_router ip rule add table main suppress_prefixlength 0
     expect_forward_silent
-    expect_found reply-route stops "table 51820"
-    expect_found own-route harms "not from all fwmark 0xca6c"
+    expect_found reply-route error "table 51820"
+    expect_found own-route warning "not from all fwmark 0xca6c"
     mend reply-route
     expect_forward_answered
     expect_all_well
     # Without the second, the LAN is behind the tunnel, too.
     on_router ip rule add priority 60 table 51820
     expect_forward_silent
-    expect_mended target-route stops '60: from all lookup 51820'
+    expect_mended target-route error '60: from all lookup 51820'
     expect_forward_answered
     on_router ip rule del priority 32765 from all lookup 51820
     expect_all_well
     on_router ip rule add priority 50 lookup 77
-    expect_mended rule-ahead note
+    expect_mended rule-ahead info
     on_router ip rule add priority 50 from 192.168.0.0/24 lookup 51820
     expect_forward_silent
-    expect_mended reply-route stops
+    expect_mended reply-route error
     expect_forward_answered
 }
 
 test_check_finds_marks_that_others_use() {
     up_and_checked
     on_router ip rule add priority 200 fwmark 0xa lookup 77
-    expect_found mark-rule harms "fwmark 0xa"
+    expect_found mark-rule warning "fwmark 0xa"
     on_router ip rule del priority 200
     on_router ip rule add priority 200 fwmark 0xb lookup 77
     on_router ip rule add priority 200 fwmark 0x100/0x100 lookup 77
@@ -381,9 +381,9 @@ test_check_finds_targets_that_nothing_reaches() {
     expect_all_well
     configure 'forward = [{ port = 80, to = "192.168.7.2" }]'
     mh_hook sync
-    expect_found target-route stops "out of the uplink ppp1"
+    expect_found target-route error "out of the uplink ppp1"
     on_router ip route add unreachable 192.168.7.0/24
-    expect_found target-route stops "no route"
+    expect_found target-route error "no route"
     on_router ip route del unreachable 192.168.7.0/24
     beside_docker
     on_router /usr/sbin/iptables -P FORWARD ACCEPT
@@ -396,17 +396,17 @@ test_check_finds_targets_that_nothing_reaches() {
     expect_all_well
     expect_forward_silent
     lab_wait on_router grep -E '^192\.168\.0\.9 .* 0x0 ' /proc/net/arp
-    expect_found target-silent stops 192.168.0.9
+    expect_found target-silent error 192.168.0.9
     configure "$FORWARD_80"
     sed -i 's|networks = .*|networks = ["192.168.0.0/24", "10.8.0.0/24"]|' "$LAB_CONFIG"
     mh_hook sync
-    expect_found lan-network harms 10.8.0.0/24
+    expect_found lan-network warning 10.8.0.0/24
 }
 
 test_check_finds_no_default_route() {
     up_and_checked
     on_router ip route del default dev ppp1
-    expect_found default-route harms
+    expect_found default-route warning
     on_router ip route add 0.0.0.0/1 dev ppp1
     expect_all_well
 }
@@ -417,11 +417,11 @@ test_check_finds_what_drops_forwards() {
     up_and_checked
     on_router /usr/sbin/iptables -P FORWARD DROP
     expect_forward_silent
-    expect_mended_line forward-dropped stops "$FORWARD_80" "FORWARD's policy"
+    expect_mended_line forward-dropped error "$FORWARD_80" "FORWARD's policy"
     # Ahead of ours.
     on_router /usr/sbin/iptables -I FORWARD -o ppp0 -j REJECT
     expect_forward_silent
-    expect_mended forward-dropped stops "-o ppp0 -j REJECT"
+    expect_mended forward-dropped error "-o ppp0 -j REJECT"
     expect_forward_answered
     on_router /usr/sbin/iptables -I FORWARD -s 198.51.100.0/24 -j DROP
     on_router /usr/sbin/iptables -I FORWARD -p udp -j DROP
@@ -429,7 +429,7 @@ test_check_finds_what_drops_forwards() {
     expect_all_well
     on_router /usr/sbin/iptables -t mangle -I PREROUTING -i ppp0 -p tcp --dport 80 -j DROP
     expect_forward_silent
-    expect_found forward-dropped stops "-t mangle -A PREROUTING"
+    expect_found forward-dropped error "-t mangle -A PREROUTING"
 }
 
 test_check_finds_firewalls_that_let_forwards_through() {
@@ -447,7 +447,7 @@ EOF
     expect_all_well
     on_router /usr/sbin/iptables -F web
     expect_forward_silent
-    expect_found forward-dropped stops "FORWARD's policy"
+    expect_found forward-dropped error "FORWARD's policy"
 }
 
 test_check_finds_rules_that_wipe_our_marks() {
@@ -457,7 +457,7 @@ test_check_finds_rules_that_wipe_our_marks() {
         # shellcheck disable=SC2086 # words of a rule
         on_router /usr/sbin/iptables -t mangle $rule
         expect_forward_silent
-        expect_mended mark-wiped stops
+        expect_mended mark-wiped error
         expect_forward_answered
         on_router /usr/sbin/iptables -t mangle -F FORWARD
         # shellcheck disable=SC2086
@@ -472,18 +472,18 @@ EOF
     # They leave ahead of ours.
     on_router /usr/sbin/iptables -t mangle -I PREROUTING -i ppp0 -j ACCEPT
     expect_forward_silent
-    expect_mended mark-skipped stops "-i ppp0 -j ACCEPT"
+    expect_mended mark-skipped error "-i ppp0 -j ACCEPT"
     expect_forward_answered
     on_router /usr/sbin/iptables -t mangle -I PREROUTING -i eth1 -j ACCEPT
     expect_forward_silent
-    expect_mended mark-skipped stops "-i eth1 -j ACCEPT"
+    expect_mended mark-skipped error "-i eth1 -j ACCEPT"
     expect_forward_answered
     on_router /usr/sbin/iptables -t mangle -D PREROUTING -i ppp0 -j ACCEPT
     on_router /usr/sbin/iptables -t mangle -D PREROUTING -i eth1 -j ACCEPT
     # Some packets only, or nobody knows.
     on_router /usr/sbin/iptables -t mangle -A PREROUTING -s 198.51.100.0/24 -j CONNMARK --set-mark 0x5
     expect_forward_answered
-    expect_mended mark-wiped harms
+    expect_mended mark-wiped warning
     # In step with ours: what is saved is what was restored.
     on_router /usr/sbin/iptables -t mangle -A PREROUTING -j CONNMARK --restore-mark
     on_router /usr/sbin/iptables -t mangle -A POSTROUTING -j CONNMARK --save-mark
@@ -503,7 +503,7 @@ test_check_finds_others_dnat_ahead_of_ours() {
     expect_all_well
     on_router /usr/sbin/iptables -t nat -A DOCKER ! -i docker0 -p tcp -m tcp --dport 80 -j DNAT --to-destination 172.17.0.2:80
     expect_forward_silent
-    expect_found dnat-ahead stops 172.17.0.2
+    expect_found dnat-ahead error 172.17.0.2
 }
 
 test_check_notes_chains_that_iptables_does_not_show() {
@@ -511,7 +511,7 @@ test_check_notes_chains_that_iptables_does_not_show() {
     on_router nft add table inet strict
     on_router nft 'add chain inet strict forward { type filter hook forward priority 0; policy drop; }'
     expect_forward_silent
-    expect_found nftables note "inet strict forward (policy drop)"
+    expect_found nftables info "inet strict forward (policy drop)"
     expect_all_well
 }
 
@@ -520,11 +520,11 @@ test_check_finds_the_other_backend() {
     up_and_checked
     [[ $(/usr/sbin/iptables -V) == *legacy* ]] || other=legacy
     on_router "/usr/sbin/iptables-$other" -A FORWARD -i eth7 -j ACCEPT
-    expect_found both-backends note "iptables-$other"
+    expect_found both-backends info "iptables-$other"
     expect_all_well
     lab_backend "$other"
     mh_hook up ppp0
-    expect_found ours-in-the-other-backend harms mh-isp0
+    expect_found ours-in-the-other-backend warning mh-isp0
     mend ours-in-the-other-backend
     expect_not_found ours-in-the-other-backend
     expect_forward_answered
@@ -535,10 +535,10 @@ test_check_finds_the_other_backend() {
 test_check_notes_forwards_that_get_in_each_others_way() {
     configure "$FORWARD_80" $'table = 11\nforward = [{ port = "80-81", to = "192.168.0.3" }]'
     up_and_checked
-    expect_found forwards-differ note tcp/80
+    expect_found forwards-differ info tcp/80
     configure 'forward = [{ port = "8000-8100", to = "192.168.0.2" }, { port = 80, to = "192.168.0.2" }]'
     mh_hook sync
-    expect_found local-service note tcp/8080
+    expect_found local-service info tcp/8080
     configure 'forward = [{ port = 80, to = "192.168.0.2" }, { port = 8081, to = "192.168.0.2" }]'
     mh_hook sync
     in_ns router socat TCP4-LISTEN:8081,bind=127.0.0.1 - &
@@ -554,27 +554,27 @@ test_check_finds_hooks_that_do_not_run() {
     local hook=/etc/ppp/ip-up.d/0mh-hook
     up_and_checked
     chmod -x "$hook"
-    expect_mended hook-not-executable harms "$hook"
+    expect_mended hook-not-executable warning "$hook"
     chmod go+w "$hook"
-    expect_mended hook-writable harms "$hook"
+    expect_mended hook-writable warning "$hook"
     chmod o+w /etc/ppp/ip-up.d
-    expect_mended hook-writable harms /etc/ppp/ip-up.d
+    expect_mended hook-writable warning /etc/ppp/ip-up.d
     chown nobody "$hook"
-    expect_mended hook-writable harms "user 65534"
+    expect_mended hook-writable warning "user 65534"
     mv "$hook" "$hook.sh"
-    expect_mended hook-name harms "$hook.sh"
+    expect_mended hook-name warning "$hook.sh"
     mv "$hook" "$hook-of-mine"
     expect_all_well
     rm "$hook-of-mine"
-    expect_mended hook-missing harms /etc/ppp/ip-up.d
+    expect_mended hook-missing warning /etc/ppp/ip-up.d
     [[ $(readlink "$hook") == */mh-hook ]] || fail "expected a link to mh-hook"
     rm "$hook"
     ln -s "$MH_HOOK" /etc/ppp/ip-up.d/any-name
     expect_all_well
     rm /etc/ppp/ip-pre-up.d/0mh-hook
-    expect_mended hook-missing note /etc/ppp/ip-pre-up.d
+    expect_mended hook-missing info /etc/ppp/ip-pre-up.d
     echo '#!/bin/sh' >/etc/ppp/ip-down
-    expect_found hook-missing harms "does not run"
+    expect_found hook-missing warning "does not run"
     printf '#!/bin/sh\nexec /usr/sbin/mh-hook event down "$@"\n' >/etc/ppp/ip-down
     expect_all_well
 }
@@ -582,9 +582,9 @@ test_check_finds_hooks_that_do_not_run() {
 test_check_finds_peers_that_fight() {
     up_and_checked
     sed -i s/nodefaultroute/defaultroute/ /etc/ppp/peers/isp0
-    expect_mended peers-defaultroute harms /etc/ppp/peers/isp1
+    expect_mended peers-defaultroute warning /etc/ppp/peers/isp1
     sed -i s/nodefaultroute/replacedefaultroute/ /etc/ppp/peers/isp0
-    expect_mended peers-replacedefaultroute harms /etc/ppp/peers/isp0
+    expect_mended peers-replacedefaultroute warning /etc/ppp/peers/isp0
     sed -i s/nodefaultroute/defaultroute/ /etc/ppp/peers/isp0
     echo defaultroute-metric 100 >>/etc/ppp/peers/isp0
     expect_all_well
@@ -592,25 +592,25 @@ test_check_finds_peers_that_fight() {
     sed -i '/metric/d; s/unit 0/linkname servers/' /etc/ppp/peers/isp0
     expect_all_well
     sed -i 's/^interface = "ppp0"/linkname = "servers"/' "$LAB_CONFIG"
-    expect_found peers-defaultroute harms
+    expect_found peers-defaultroute warning
 }
 
 test_check_finds_services_that_undo_our_work() {
     up_and_checked
     mkdir -p /run/systemd/netif
     touch /run/systemd/netif/state
-    expect_mended networkd-rules harms
+    expect_mended networkd-rules warning
     rm /run/systemd/netif/state
     mkdir -p /etc/systemd/system/multi-user.target.wants
     ln -s /lib/systemd/system/systemd-networkd.service /etc/systemd/system/multi-user.target.wants/
     rm -r /etc/systemd/networkd.conf.d
     printf '[DHCPv4]\nManageForeignRoutingPolicyRules=no\n' >/etc/systemd/networkd.conf
-    expect_found networkd-rules harms
+    expect_found networkd-rules warning
     printf '[Network]\nManageForeignRoutingPolicyRules = false\n' >/etc/systemd/networkd.conf
     expect_all_well
     mkdir /etc/iptables
     on_router /usr/sbin/iptables-save >/etc/iptables/rules.v4
-    expect_mended persistent-rules harms /etc/iptables/rules.v4
+    expect_mended persistent-rules warning /etc/iptables/rules.v4
     on_router /usr/sbin/iptables-restore --test /etc/iptables/rules.v4
 }
 
@@ -633,7 +633,7 @@ test_check_finds_tools_and_kernels_that_are_too_old() {
     release=$(uname -r)
     up_and_checked
     stand_in /usr/sbin/ip "ip utility, iproute2-ss171112"
-    expect_found old-iproute2 stops iproute2-ss171112
+    expect_found old-iproute2 error iproute2-ss171112
     expect_not_found old-iptables
     umount "$(readlink -f /usr/sbin/ip)"
     backend=$(readlink /etc/alternatives/iptables-save)
@@ -645,11 +645,11 @@ exec $backend "\$@"
 EOF
     chmod 0755 "$stand_in_path"
     ln -sfn "$stand_in_path" /etc/alternatives/iptables-save
-    expect_found old-iptables stops v1.6.1
+    expect_found old-iptables error v1.6.1
     ln -sfn "$backend" /etc/alternatives/iptables-save
     mkdir -p /boot
     printf '%s\n' CONFIG_NF_NAT=m '# CONFIG_NETFILTER_XT_CONNMARK is not set' >"/boot/config-$release"
-    expect_found kernel stops CONFIG_NETFILTER_XT_CONNMARK
+    expect_found kernel error CONFIG_NETFILTER_XT_CONNMARK
     echo CONFIG_NETFILTER_XT_CONNMARK=m >"/boot/config-$release"
     expect_all_well
 }
@@ -662,5 +662,5 @@ test_check_finds_a_table_of_connections_that_is_nearly_full() {
     # In a mount namespace of its own, as ip netns exec makes it.
     on_router sh -c "mount --bind $LAB_DIR/count $folder/nf_conntrack_count; $MH_HOOK --config $LAB_CONFIG check" \
         >"$LAB_DIR/check"
-    grep -q "^harms: .* of at most $most connections" "$LAB_DIR/check" || fail "$(cat "$LAB_DIR/check")"
+    grep -q "^warning: .* of at most $most connections" "$LAB_DIR/check" || fail "$(cat "$LAB_DIR/check")"
 }

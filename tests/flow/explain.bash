@@ -58,7 +58,7 @@ names() {
 names_nothing() {
     mh_hook status >"$LAB_DIR/said" 2>&1 || fail "status: $(cat "$LAB_DIR/said")"
     mh_hook check >"$LAB_DIR/said" 2>&1 || fail "check: $(cat "$LAB_DIR/said")"
-    ! grep -E '^(stops|harms)' "$LAB_DIR/said" || fail "check: $(cat "$LAB_DIR/said")"
+    ! grep -E '^(error|warning)' "$LAB_DIR/said" || fail "check: $(cat "$LAB_DIR/said")"
 }
 
 # explains PATTERN explain's ARGUMENT…: a line of what it says.
@@ -71,7 +71,7 @@ explains() {
 # mended explain's ARGUMENT…: by the commands that explain prints.
 mended() {
     local commands command
-    commands=$({ mh_hook explain "$@" || true; } | sed -n 's/^mend: //p')
+    commands=$({ mh_hook explain "$@" || true; } | sed -n 's/^fix: //p')
     [[ $commands ]] || fail "explain $* has nothing to mend it"
     while read -r command; do
         case $command in

@@ -290,7 +290,7 @@ impl Case<'_> {
                     self.service(),
                     self.link.address
                 );
-                Finding::harms("dnat-ahead", what)
+                Finding::warning("dnat-ahead", what)
             }
             Fault::MarkChanged(whose, change) => {
                 let mask = self.uplink.routing.as_ref()?.mark.mask;
@@ -308,7 +308,7 @@ impl Case<'_> {
                     let (matches, _) = place.text.rsplit_once("-j ")?;
                     place.command("-R", &format!("{} {matches}{action}", place.number))
                 };
-                Finding::harms("mark-wiped", what).fix(fix)
+                Finding::warning("mark-wiped", what).fix(fix)
             }
             Fault::MarkSkipped(place) => {
                 let what = format!(
@@ -317,12 +317,12 @@ impl Case<'_> {
                     rule(place)
                 );
                 // Our rules are at the end of the chain; this puts the foreign one after them.
-                Finding::harms("mark-skipped", what)
+                Finding::warning("mark-skipped", what)
                     .fix(place.command("-D", &place.number.to_string()))
                     .fix(place.command("-A", &place.text))
             }
         };
-        Some(finding.stops_if(is_certain))
+        Some(finding.error_if(is_certain))
     }
 
     /// `tcp/80`, `udp/27015-27030`, `gre`, `everything`
@@ -372,7 +372,7 @@ fn dropped(
         count(services.len(), "forward", "forwards"),
         few(services)
     );
-    let finding = Finding::stops("forward-dropped", what).of(name);
+    let finding = Finding::error("forward-dropped", what).of(name);
     let in_forward = |(_, hook, place): &Dropped| place.table == "filter" && *hook == Hook::Forward;
     if !drops.iter().any(in_forward) {
         return Some(finding);
@@ -414,7 +414,7 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
             "{backend} is not in use, but has entries of ours, which are in force: {}",
             few(names)
         );
-        findings.push(Finding::harms("ours-in-the-other-backend", what).fix("mh-hook sync"));
+        findings.push(Finding::warning("ours-in-the-other-backend", what).fix("mh-hook sync"));
     }
     let mut others = 0;
     for (table, chains) in &ruleset.tables {
@@ -429,7 +429,7 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
             count(others, "foreign rule", "foreign rules"),
             snapshot.tools.backend
         );
-        findings.push(Finding::note("both-backends", what));
+        findings.push(Finding::info("both-backends", what));
     }
     findings
 }
@@ -444,7 +444,7 @@ pub fn nftables(snapshot: &Snapshot) -> Result<Option<Finding>> {
             "packets also pass chains of nftables, which check does not read: {}",
             few(chains)
         );
-        Finding::note("nftables", what).fix("nft list ruleset")
+        Finding::info("nftables", what).fix("nft list ruleset")
     }))
 }
 

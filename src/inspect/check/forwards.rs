@@ -26,7 +26,7 @@ pub fn check(view: &View) -> Vec<Finding> {
                 "the router listens on forwarded ports, too; requests from outside go to the forward's target: {}",
                 ports(taken)
             );
-            findings.push(Finding::note("local-service", what).of(name));
+            findings.push(Finding::info("local-service", what).of(name));
         }
     }
     findings
@@ -65,7 +65,7 @@ fn differences(view: &View) -> Vec<Finding> {
                     "forwards these ports to another target than {other} does: {}",
                     ports(differing.into_keys())
                 );
-                findings.push(Finding::note("forwards-differ", what).of(name));
+                findings.push(Finding::info("forwards-differ", what).of(name));
             }
         }
     }

@@ -24,8 +24,8 @@ fn event(root: &Root, script: &str) -> Vec<Finding> {
     // Without ip-pre-up the entries come a moment later, at ip-up.
     let is_needed = !script.ends_with("/ip-pre-up");
     let missing = |what: String| match is_needed {
-        true => Finding::harms("hook-missing", what),
-        false => Finding::note("hook-missing", what),
+        true => Finding::warning("hook-missing", what),
+        false => Finding::info("hook-missing", what),
     };
     // A script that calls mh-hook itself needs no folder.
     if calls_mh_hook(root, script) || calls_mh_hook(root, format!("{script}.local")) {
@@ -51,7 +51,7 @@ fn event(root: &Root, script: &str) -> Vec<Finding> {
             let hook = hook.display();
             let what = format!("run-parts skips {hook}: it runs names of A-Z a-z 0-9 _ - only");
             let fix = format!("mv {hook} {folder}/0mh-hook");
-            findings.push(Finding::harms("hook-name", what).fix(fix));
+            findings.push(Finding::warning("hook-name", what).fix(fix));
         }
         findings.extend(modes(root, hook));
     }
@@ -76,7 +76,7 @@ fn modes(root: &Root, hook: &Path) -> Vec<Finding> {
         let hook = hook.display();
         let what = format!("{hook} is not executable, so it is not run");
         let fix = format!("chmod +x {hook}");
-        findings.push(Finding::harms("hook-not-executable", what).fix(fix));
+        findings.push(Finding::warning("hook-not-executable", what).fix(fix));
     }
     findings
 }
@@ -93,7 +93,7 @@ fn writable(root: &Root, path: &Path) -> Option<Finding> {
         return None;
     };
     let what = format!("users other than root can change what root runs from {path}: {why}");
-    Some(Finding::harms("hook-writable", what).fix(format!("{command} {path}")))
+    Some(Finding::warning("hook-writable", what).fix(format!("{command} {path}")))
 }
 
 /// Whether a file is mh-hook, a link to it, or a script that calls it.

@@ -23,7 +23,7 @@ pub fn check(snapshot: &Snapshot) -> Vec<Finding> {
     if snapshot.kernel.routing.rules.is_empty() {
         let what = "there is no routing rule at all, not even those for the tables local and main";
         let fix = "ip rule add priority 0 lookup local; ip rule add priority 32766 lookup main";
-        findings.push(Finding::stops("kernel", what).fix(fix));
+        findings.push(Finding::error("kernel", what).fix(fix));
     }
     findings.extend(connections(&snapshot.root));
     findings
@@ -41,7 +41,7 @@ fn options(root: &Root) -> Vec<Finding> {
     let missing = OPTIONS.into_iter().filter(|(option, _)| is_off(option));
     let findings = missing.map(|(option, user)| {
         let what = format!("{path}: the kernel is built without {option}, needed for {user}");
-        Finding::stops("kernel", what).fix(format!("{option}=m"))
+        Finding::error("kernel", what).fix(format!("{option}=m"))
     });
     findings.collect()
 }
@@ -61,6 +61,6 @@ fn connections(root: &Root) -> Option<Finding> {
         );
         let twice = most.saturating_mul(2);
         let fix = format!("sysctl -w net.netfilter.nf_conntrack_max={twice}");
-        Finding::harms("conntrack-full", what).fix(fix)
+        Finding::warning("conntrack-full", what).fix(fix)
     })
 }

@@ -1,7 +1,7 @@
 //! The LAN's interfaces and the uplinks' links, and whether our entries are installed.
 
 use super::peers::peers;
-use super::{Finding, View, Weight, count, few};
+use super::{Finding, Severity, View, count, few};
 use crate::config::{Config, Uplink};
 use crate::inspect::drift::Drift;
 use crate::inspect::snapshot::{Comparison, Snapshot};
@@ -46,7 +46,7 @@ fn lan(view: &View) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (lan, fault) in lans.filter_map(|lan| Some((lan, fault(view, lan.as_str())?))) {
         let what = format!("the LAN's interface {lan} {fault}");
-        let mut finding = Finding::harms("lan-interface", what);
+        let mut finding = Finding::warning("lan-interface", what);
         if fault == MISSING {
             let fix = format!("[lan] interfaces = […]: without \"{lan}\", or add the interface");
             finding = finding.fix(fix);
@@ -56,7 +56,7 @@ fn lan(view: &View) -> Vec<Finding> {
         findings.push(finding);
     }
     let is_cut_off = findings.len() == view.config.lan.interfaces.len();
-    let findings = findings.into_iter().map(|it| it.stops_if(is_cut_off));
+    let findings = findings.into_iter().map(|it| it.error_if(is_cut_off));
     findings.collect()
 }
 
@@ -72,7 +72,7 @@ fn link(view: &View, name: &UplinkName, uplink: &Uplink) -> Finding {
         (None, _) => "no installed entry tells which interface is the uplink's link: it was not dialled, or the hook was not run".into(),
     };
     let is_serving = !uplink.forwards.is_empty();
-    let finding = Finding::harms("link", what).of(name).stops_if(is_serving);
+    let finding = Finding::warning("link", what).of(name).error_if(is_serving);
     if let Some(free) = free(view, interface) {
         return finding.fix(format!("mh-hook --uplink {name} up {free}"));
     }
@@ -101,11 +101,11 @@ pub fn tables(snapshot: &Snapshot, config: Option<&Config>) -> Vec<Finding> {
     let findings = unlisted.map(|name| {
         let is_used = |table: &Table| table.name() == name && writes_to(*table, config);
         let (what, fix) = not_listed(name);
-        let mut finding = Finding::note("table-not-listed", what).fix(fix);
+        let mut finding = Finding::info("table-not-listed", what).fix(fix);
         if Table::ALL.iter().any(is_used) {
             finding.what += ", so mh-hook writes nothing there";
             // What is installed goes on working.
-            finding.weight = Weight::Harms;
+            finding.severity = Severity::Warning;
         }
         finding
     });
@@ -134,8 +134,8 @@ fn drift(view: &View) -> Vec<Finding> {
         }
         if !texts.is_empty() {
             let is_serving = !view.config.uplinks[name].forwards.is_empty();
-            let finding = Finding::harms("drift", texts.join("; ")).of(name);
-            let finding = finding.stops_if(is_serving && !missing.is_empty());
+            let finding = Finding::warning("drift", texts.join("; ")).of(name);
+            let finding = finding.error_if(is_serving && !missing.is_empty());
             findings.push(finding.fix("mh-hook sync"));
         }
     }
@@ -148,7 +148,7 @@ fn drift(view: &View) -> Vec<Finding> {
         );
         let orphans = few(orphans);
         let what = format!("{entries} to no configured uplink; sync runs {orphans}");
-        findings.push(Finding::harms("orphans", what).fix("mh-hook sync"));
+        findings.push(Finding::warning("orphans", what).fix("mh-hook sync"));
     }
     findings
 }

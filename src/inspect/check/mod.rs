@@ -24,7 +24,7 @@ mod versions;
 /// The findings, and how much was checked.
 #[derive(Debug, Serialize)]
 pub struct Check {
-    /// By weight; of the same weight, in the order in which a packet passes.
+    /// By severity; of the same severity, in the order in which a packet passes.
     pub findings: Vec<Finding>,
     /// How much was checked.
     pub looked_at: Scope,
@@ -62,47 +62,47 @@ impl Scope {
 pub struct Finding {
     /// Never changes, so that programs can rely on it.
     pub id: &'static str,
-    pub weight: Weight,
+    pub severity: Severity,
     pub uplink: Option<String>,
     pub what: String,
     /// What fixes it, in order: commands, or lines of a file that is named.
-    #[serde(rename = "mend")]
+    #[serde(rename = "fix")]
     pub fixes: Vec<String>,
 }
 
 /// How bad a finding is; the worst first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Weight {
+pub enum Severity {
     /// Forwards do not work.
-    Stops,
+    Error,
     /// Something else does not work, or forwards will not after the next restart.
-    Harms,
+    Warning,
     /// Worth knowing; may be intended.
-    Note,
+    Info,
 }
 
 impl Finding {
-    fn new(weight: Weight, id: &'static str, what: impl Into<String>) -> Self {
+    fn new(severity: Severity, id: &'static str, what: impl Into<String>) -> Self {
         Self {
             id,
-            weight,
+            severity,
             uplink: None,
             what: what.into(),
             fixes: Vec::new(),
         }
     }
 
-    fn stops(id: &'static str, what: impl Into<String>) -> Self {
-        Self::new(Weight::Stops, id, what)
+    fn error(id: &'static str, what: impl Into<String>) -> Self {
+        Self::new(Severity::Error, id, what)
     }
 
-    fn harms(id: &'static str, what: impl Into<String>) -> Self {
-        Self::new(Weight::Harms, id, what)
+    fn warning(id: &'static str, what: impl Into<String>) -> Self {
+        Self::new(Severity::Warning, id, what)
     }
 
-    fn note(id: &'static str, what: impl Into<String>) -> Self {
-        Self::new(Weight::Note, id, what)
+    fn info(id: &'static str, what: impl Into<String>) -> Self {
+        Self::new(Severity::Info, id, what)
     }
 
     fn of(mut self, uplink: &UplinkName) -> Self {
@@ -115,9 +115,9 @@ impl Finding {
         self
     }
 
-    fn stops_if(mut self, does_stop: bool) -> Self {
-        if does_stop {
-            self.weight = Weight::Stops;
+    fn error_if(mut self, is_error: bool) -> Self {
+        if is_error {
+            self.severity = Severity::Error;
         }
         self
     }
@@ -162,7 +162,7 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
     } else {
         let what =
             "the configuration has no uplinks, so there is nothing to do: see mh-hook.toml(5)";
-        findings.push(Finding::note("no-uplinks", what));
+        findings.push(Finding::info("no-uplinks", what));
     }
     findings.extend(links::tables(snapshot, config.ok()));
     if let Ok(config) = config {
@@ -172,7 +172,7 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
                 config,
                 comparison,
             })?),
-            Err(error) => findings.push(Finding::stops("address", format!("{error:#}"))),
+            Err(error) => findings.push(Finding::error("address", format!("{error:#}"))),
         }
     }
     if needs_system {
@@ -184,7 +184,7 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
     findings.extend(services::check(root));
     findings.extend(versions::check(snapshot)?);
     findings.extend(kernel_config::check(snapshot));
-    findings.sort_by_key(|finding| finding.weight);
+    findings.sort_by_key(|finding| finding.severity);
     Ok(Check {
         findings,
         looked_at,
@@ -194,7 +194,7 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
 /// The checks that need a configuration.
 fn configured(view: &View) -> Result<Vec<Finding>> {
     let troubles = view.comparison.troubles.values();
-    let troubles = troubles.map(|error| Finding::stops("address", format!("{error:#}")));
+    let troubles = troubles.map(|error| Finding::error("address", format!("{error:#}")));
     let mut findings: Vec<Finding> = troubles.collect();
     findings.extend(links::check(view));
     findings.extend(sysctl::per_link(view));
@@ -214,7 +214,7 @@ fn configuration(error: &Error) -> Vec<Finding> {
     };
     let findings = lines
         .into_iter()
-        .map(|line| Finding::stops("configuration", line));
+        .map(|line| Finding::error("configuration", line));
     findings.collect()
 }
 
@@ -236,14 +236,14 @@ impl Report for Check {
         }
         let mut text = String::new();
         for finding in &self.findings {
-            let weight = match finding.weight {
-                Weight::Stops => style.paint(Tone::Bad, "stops"),
-                Weight::Harms => style.paint(Tone::Doubtful, "harms"),
-                Weight::Note => style.paint(Tone::Strong, "note"),
+            let severity = match finding.severity {
+                Severity::Error => style.paint(Tone::Bad, "error"),
+                Severity::Warning => style.paint(Tone::Doubtful, "warning"),
+                Severity::Info => style.paint(Tone::Strong, "info"),
             };
             let uplink = finding.uplink.as_ref().map(|name| format!("{name}: "));
             let uplink = uplink.unwrap_or_default();
-            text += &format!("{weight}: {uplink}{}\n", finding.what);
+            text += &format!("{severity}: {uplink}{}\n", finding.what);
             for line in &finding.fixes {
                 text += &format!("    {line}\n");
             }
@@ -252,8 +252,8 @@ impl Report for Check {
     }
 
     fn is_well(&self) -> bool {
-        let mut weights = self.findings.iter().map(|finding| finding.weight);
-        weights.all(|weight| weight != Weight::Stops)
+        let mut severities = self.findings.iter().map(|finding| finding.severity);
+        severities.all(|severity| severity != Severity::Error)
     }
 }
 

@@ -54,7 +54,7 @@ pub fn check(view: &View) -> Vec<Finding> {
                 "{FOLDER}/{peer} says replacedefaultroute: whenever this link comes up, it takes the default route \
                  from the other links"
             );
-            let finding = Finding::harms("peers-replacedefaultroute", what).of(name);
+            let finding = Finding::warning("peers-replacedefaultroute", what).of(name);
             findings.push(finding.fix(turn_off(root, peer)));
             told = Some(name);
         }
@@ -72,7 +72,7 @@ pub fn check(view: &View) -> Vec<Finding> {
             "{} all say defaultroute: the link that is dialled first gets the default route",
             few(files)
         );
-        let mut finding = Finding::harms("peers-defaultroute", what);
+        let mut finding = Finding::warning("peers-defaultroute", what);
         // An uplink with forwards needs no default route. Where that does not tell them apart, the first keeps it.
         let serving: Vec<_> = same.iter().filter(|(name, _)| is_serving(name)).collect();
         let losers = match serving.is_empty() || serving.len() == same.len() {

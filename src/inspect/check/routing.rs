@@ -129,7 +129,7 @@ fn lan_networks(view: &View) -> Result<Vec<Finding>> {
         let lans = few(lans);
         let what = format!("the LAN's network {network} {place}, not behind {lans}");
         let fix = "[lan] interfaces = […], networks = […]: as ip -4 address shows them";
-        findings.push(Finding::harms("lan-network", what).fix(fix));
+        findings.push(Finding::warning("lan-network", what).fix(fix));
     }
     Ok(findings)
 }
@@ -145,7 +145,7 @@ fn fault(
         Ok(way) => way,
         Err(words) => {
             let why = format!("no route: {words}");
-            return Some(Finding::stops("target-route", why));
+            return Some(Finding::error("target-route", why));
         }
     };
     if view.is_link(&way.dev) {
@@ -156,7 +156,7 @@ fn fault(
         };
         let rules = view.snapshot.kernel.routing.rules.iter();
         let rules: Vec<_> = rules.filter(is_ahead).collect();
-        return Some(blame(Finding::stops("target-route", why), &rules));
+        return Some(blame(Finding::error("target-route", why), &rules));
     }
     let neighbour = way.via.clone().unwrap_or(target.to_string());
     // `IP address  HW type  Flags  HW address  Mask  Device`: flags 0 where nobody has answered
@@ -166,7 +166,7 @@ fn fault(
         matches!(words[..], [address, _, "0x0", .., dev] if address == neighbour && dev == way.dev)
     });
     let why = format!("off, or elsewhere: nobody on {} answers ARP", way.dev);
-    is_silent.then(|| Finding::stops("target-silent", why))
+    is_silent.then(|| Finding::error("target-silent", why))
 }
 
 /// Replies that leave by another interface than the request came in by.
@@ -202,7 +202,7 @@ fn replies(
             "replies of {} with the mark {mark} do not leave by {interface}: {answer}",
             few(targets)
         );
-        blame(Finding::stops("reply-route", what), &ahead)
+        blame(Finding::error("reply-route", what), &ahead)
     });
     Ok(findings.collect())
 }
@@ -220,7 +220,7 @@ fn own_route(view: &View, routing: &Routing, link: &UplinkLink) -> Result<Option
             ..RouteRule::new(view.config.priority.source, routing.table)
         };
         let ahead = ahead(view, &by_source, &[address], |iif| iif == "lo");
-        blame(Finding::harms("own-route", what), &ahead)
+        blame(Finding::warning("own-route", what), &ahead)
     });
     Ok(finding)
 }
@@ -333,7 +333,7 @@ fn rules_ahead(view: &View) -> Vec<Finding> {
                     "the foreign rule \"{}\" is ahead of ours: replies take any route that its table gets",
                     rule.listed()
                 );
-                let finding = Finding::note("rule-ahead", what).of(name);
+                let finding = Finding::info("rule-ahead", what).of(name);
                 findings.push(move_back(finding, rule));
             }
         }
@@ -361,9 +361,9 @@ fn tables(view: &View) -> Vec<Finding> {
             let is_in_the_way = missing.any(|it| it.table == table && it.dev.is_some());
             let what =
                 format!("a foreign default route in the uplink's table {table}: \"{default}\"");
-            let mut finding = Finding::harms("table-default", what)
+            let mut finding = Finding::warning("table-default", what)
                 .of(name)
-                .stops_if(is_in_the_way)
+                .error_if(is_in_the_way)
                 .fix(format!("ip route del {default}"));
             if is_in_the_way {
                 finding = finding.fix("mh-hook sync");
@@ -374,7 +374,7 @@ fn tables(view: &View) -> Vec<Finding> {
         } else if !foreign.is_empty() {
             let foreign = few(foreign);
             let what = format!("foreign routes in the uplink's table {table}: {foreign}");
-            findings.push(Finding::note("table-routes", what).of(name));
+            findings.push(Finding::info("table-routes", what).of(name));
         }
     }
     findings
@@ -398,7 +398,7 @@ fn marks(view: &View) -> Vec<Finding> {
                 ours.mark
             );
             let fix = "[mark] mask = …: bits that nobody else uses, and mark = … within it";
-            findings.push(Finding::harms("mark-rule", what).of(name).fix(fix));
+            findings.push(Finding::warning("mark-rule", what).of(name).fix(fix));
         }
     }
     findings
@@ -416,5 +416,5 @@ pub fn default_route(snapshot: &Snapshot) -> Option<Finding> {
     let what = "there is no default route: the LAN and the router itself reach nothing outside";
     let fix = "defaultroute in /etc/ppp/peers of the link that everything else goes out by";
     let mut routes = snapshot.kernel.routing.routes.iter();
-    (!routes.any(leads_outside)).then(|| Finding::harms("default-route", what).fix(fix))
+    (!routes.any(leads_outside)).then(|| Finding::warning("default-route", what).fix(fix))
 }

@@ -27,7 +27,7 @@ fn networkd(root: &Root) -> Option<Finding> {
     }
     let folder = "/etc/systemd/networkd.conf.d";
     let what = "systemd-networkd removes our routing rules whenever it starts: ManageForeignRoutingPolicyRules is not no";
-    let finding = Finding::harms("networkd-rules", what).fix(format!("mkdir -p {folder}"));
+    let finding = Finding::warning("networkd-rules", what).fix(format!("mkdir -p {folder}"));
     let lines = "[Network]\\nManageForeignRoutingPolicyRules=no\\n";
     Some(finding.fix(format!("printf '{lines}' > {folder}/mh-hook.conf")))
 }
@@ -86,7 +86,7 @@ fn persistent(root: &Root) -> Option<Finding> {
         let names: BTreeSet<String> = ours.tables.keys().map(|(_, name)| name.chain()).collect();
         let names = Vec::from_iter(names).join("|");
         let chain = format!("({names})(\\.[a-z0-9]+)?");
-        Finding::harms("persistent-rules", what).fix(format!(
+        Finding::warning("persistent-rules", what).fix(format!(
             "sed -i -E '/^:{chain} |-A {chain} |(-j|-g|--comment) {chain}( |$)/d' {file}"
         ))
     })

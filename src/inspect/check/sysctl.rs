@@ -134,7 +134,7 @@ pub fn forwarding(root: &Root) -> Option<Finding> {
     };
     if is_off(root, IP_FORWARD) {
         let what = "net.ipv4.ip_forward is 0: the kernel forwards nothing";
-        let mut finding = Finding::stops("ip-forward", what).fix("sysctl -w net.ipv4.ip_forward=1");
+        let mut finding = Finding::error("ip-forward", what).fix("sysctl -w net.ipv4.ip_forward=1");
         if is_off_at_boot {
             finding.what += &match setter {
                 Some(line) => format!("; {line} sets it to 0 at boot"),
@@ -147,11 +147,11 @@ pub fn forwarding(root: &Root) -> Option<Finding> {
     let finding = match setter {
         Some(line) => {
             let what = format!("{line} sets net.ipv4.ip_forward to 0 at the next boot");
-            Finding::harms("ip-forward-at-boot", what)
+            Finding::warning("ip-forward-at-boot", what)
         }
         None => {
             let what = "no file of sysctl.d(5) sets net.ipv4.ip_forward: after the next boot it is 0, unless a service sets it";
-            Finding::note("ip-forward-at-boot", what)
+            Finding::info("ip-forward-at-boot", what)
         }
     };
     is_off_at_boot.then(|| finding.fix(for_good))
@@ -173,7 +173,7 @@ pub fn per_link(view: &View) -> Vec<Finding> {
             let key = dotted(&path);
             let what =
                 format!("the kernel forwards nothing that comes in by {interface}: {key} is 0");
-            let mut finding = Finding::stops("forwarding", what).fix(format!("sysctl -w {key}=1"));
+            let mut finding = Finding::error("forwarding", what).fix(format!("sysctl -w {key}=1"));
             finding.uplink = uplink.map(ToString::to_string);
             findings.push(finding);
         }

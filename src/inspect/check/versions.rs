@@ -25,7 +25,7 @@ pub fn check(snapshot: &Snapshot) -> Result<Vec<Finding>> {
     };
     if is_old {
         let what = format!("iproute2 is older than 4.17, the first whose ip rule has proto: {ip}");
-        findings.push(Finding::stops("old-iproute2", what).fix("apt-get install iproute2"));
+        findings.push(Finding::error("old-iproute2", what).fix("apt-get install iproute2"));
     }
     // `iptables-save v1.8.9 (nf_tables)`
     let words = iptables.split_once(" v").map_or("", |(_, rest)| rest);
@@ -33,7 +33,7 @@ pub fn check(snapshot: &Snapshot) -> Result<Vec<Finding>> {
         let what = format!(
             "iptables is older than 1.6.2, the first whose iptables-restore has --wait: {iptables}"
         );
-        findings.push(Finding::stops("old-iptables", what).fix("apt-get install iptables"));
+        findings.push(Finding::error("old-iptables", what).fix("apt-get install iptables"));
     }
     Ok(findings)
 }

@@ -235,7 +235,7 @@ pub struct Explanation {
     /// The outcome in a sentence, with the reason.
     sentence: String,
     /// Commands, or lines of the configuration, that fix a failure.
-    #[serde(rename = "mend")]
+    #[serde(rename = "fix")]
     fixes: Vec<String>,
     /// What may be different for some packets.
     caveats: Vec<String>,
@@ -332,7 +332,7 @@ impl Report for Explanation {
             Verdict::Unsure => (Tone::Doubtful, "unsure"),
         };
         text += &format!("{}: {}\n", style.paint(tone, word), self.sentence);
-        text.extend(self.fixes.iter().map(|fix| format!("mend: {fix}\n")));
+        text.extend(self.fixes.iter().map(|fix| format!("fix: {fix}\n")));
         text.extend(self.caveats.iter().map(|it| format!("but: {it}\n")));
         text
     }
