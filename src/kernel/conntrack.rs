@@ -57,6 +57,7 @@ const IPS_SRC_NAT: u32 = 1 << 4;
 const IPS_DST_NAT: u32 = 1 << 5;
 // linux/netfilter/nf_conntrack_tcp.h
 const TCP_SYN_SENT: u8 = 1;
+const TCP_ESTABLISHED: u8 = 3;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
@@ -90,6 +91,11 @@ impl TcpState {
     /// Whether the client has asked, and has no answer.
     pub fn is_waiting(self) -> bool {
         self.0 == TCP_SYN_SENT
+    }
+
+    /// Whether both have answered, and none has ended it.
+    pub fn is_established(self) -> bool {
+        self.0 == TCP_ESTABLISHED
     }
 
     /// The parameter that says for how many seconds such a connection is tracked after its last packet

@@ -8,6 +8,7 @@ pub mod listeners;
 pub mod netlink;
 pub mod observe;
 pub mod pppd;
+pub mod probe;
 pub mod process;
 pub mod root;
 pub mod routing;

@@ -425,6 +425,57 @@ test_explain_with_a_server_whose_default_gateway_is_elsewhere() {
     agrees answered client tcp "$X" 80 -- "${FROM_CLIENT[@]}"
 }
 
+test_explain_with_an_open_connection_from_before_the_gateway_changed() {
+    explain_up
+    # One that stays open, and its server's answers.
+    in_ns client socat -u EXEC:'sleep 600' "TCP4:$X:80" &
+    lab_wait tracks "$X" 80 ESTABLISHED
+    agrees answered client tcp "$X" 80 -- "${FROM_CLIENT[@]}"
+    ip -n server route replace default via 192.168.0.3
+    agrees fails client tcp "$X" 80 -- "${FROM_CLIENT[@]}"
+    explains '^fails: .*though it answers this router: its default gateway is another' "${FROM_CLIENT[@]}"
+}
+
+tracks() { on_router conntrack -L -p tcp -d "$1" --dport "$2" 2>/dev/null | grep "$3"; }
+
+test_explain_with_a_server_that_refuses() {
+    configure 'forward = [{ port = 81, to = "192.168.0.2" }]'
+    mh_hook up ppp0
+    mh_hook up ppp1
+    agrees fails client tcp "$X" 81 -- 192.0.2.9 tcp/81 --to isp0
+    explains '^fails: 192.168.0.2:81 refuses connections: nothing listens there' 192.0.2.9 tcp/81 --to isp0
+    agrees fails lanhost tcp "$X" 81 -- --from-lan 192.168.0.3 "$X" tcp/81
+    lab_listen server tcp 81
+    agrees answered client tcp "$X" 81 -- 192.0.2.9 tcp/81 --to isp0
+    # Nobody's but the client's are tracked.
+    expect_equal "connections of the router's own" "" "$(on_router conntrack -L -s 192.168.0.1 2>/dev/null)"
+}
+
+test_explain_with_a_server_whose_own_firewall_drops() {
+    explain_up
+    in_ns server /usr/sbin/iptables -A INPUT -p tcp --dport 80 ! -s 192.168.0.0/24 -j DROP
+    agrees fails client tcp "$X" 80 -- "${FROM_CLIENT[@]}"
+    explains '^fails: .*its own firewall drops what comes from outside' "${FROM_CLIENT[@]}"
+    in_ns server /usr/sbin/iptables -F INPUT
+    in_ns server /usr/sbin/iptables -A INPUT -p tcp --dport 80 -j DROP
+    agrees fails client tcp "$X" 80 -- "${FROM_CLIENT[@]}"
+    # Nobody has asked: then only a request of the router's own tells.
+    on_router conntrack -F 2>/dev/null
+    expect_equal "verdict" unsure "$(verdict "${FROM_CLIENT[@]}")"
+    explains '^but: 192.168.0.2:80 leaves a connection of this router.s unanswered' "${FROM_CLIENT[@]}"
+    in_ns server /usr/sbin/iptables -F INPUT
+    in_ns server /usr/sbin/iptables -A INPUT -p tcp --dport 80 -j REJECT --reject-with tcp-reset
+    agrees fails client tcp "$X" 80 -- "${FROM_CLIENT[@]}"
+    in_ns server /usr/sbin/iptables -F INPUT
+    agrees answered client tcp "$X" 80 -- "${FROM_CLIENT[@]}"
+}
+
+test_explain_asks_a_server_that_the_routers_own_firewall_lets_nobody_ask() {
+    explain_up
+    on_router /usr/sbin/iptables -A OUTPUT -o eth1 -p tcp --dport 80 -j DROP
+    agrees answered client tcp "$X" 80 -- "${FROM_CLIENT[@]}"
+}
+
 ## The link
 
 test_explain_with_a_link_that_is_down() {

@@ -1,14 +1,33 @@
 //! What this router knows of the hosts that are asked: neighbours, tracked connections, the router's own sockets.
 
-use std::net::Ipv4Addr;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::Result;
+use log::debug;
 
 use crate::inspect::explain::trace::{Failure, Trace, fail, host};
 use crate::kernel::conntrack::{self, Filter, Flow, TcpState, Tuple};
 use crate::kernel::ip::RouteLookup;
 use crate::kernel::listeners::listening_below;
+use crate::kernel::probe::{self, Answer};
 use crate::model::forward::Protocol;
+
+/// The servers that were asked: each once, however often the connection is traced.
+#[derive(Debug, Default)]
+pub struct Servers(RefCell<BTreeMap<SocketAddrV4, Option<Answer>>>);
+
+impl Servers {
+    /// What a server says to a connection of this router's. None if it can't be asked.
+    fn ask(&self, server: SocketAddrV4) -> Option<Answer> {
+        let ask = || {
+            let answer = probe::ask(server);
+            answer.inspect_err(|error| debug!("{error:#}")).ok()
+        };
+        *self.0.borrow_mut().entry(server).or_insert_with(ask)
+    }
+}
 
 impl Trace<'_> {
     /// Whether the next host answers ARP, as far as the kernel knows already.
@@ -31,42 +50,100 @@ impl Trace<'_> {
         Ok(())
     }
 
-    /// Fails if the server has left the last TCP connection to it without an answer.
-    pub fn unanswered(&mut self, tuple: Tuple) -> Result<()> {
-        let protocol = self.question.service.protocol;
-        if protocol != Protocol::Tcp {
+    /// Whether the server answers, by the connections to it that are tracked and by one of our own: conntrack forgets at once
+    /// a connection whose only answer is a reset (`nf_conntrack_tcp_packet`, net/netfilter/nf_conntrack_proto_tcp.c).
+    pub fn server_answers(&mut self, way: &RouteLookup, tuple: Tuple) -> Result<()> {
+        let Some((_, port)) = tuple
+            .ports
+            .filter(|_| self.question.service.protocol == Protocol::Tcp)
+        else {
             return Ok(());
+        };
+        let (address, server) = (tuple.destination, host(tuple));
+        let unanswered = self.unanswered(address, port)?;
+        let can_ask = self.can_ask(&way.dev, address, port);
+        let asked = can_ask.then(|| self.servers.ask(SocketAddrV4::new(address, port)));
+        let answer = asked.flatten();
+        let look = format!("on {address}: ss -ltn 'sport = :{port}'");
+        if answer == Some(Answer::Refuses) {
+            self.hop(
+                "host",
+                format!("{server} refuses a connection of this router's"),
+                None,
+            );
+            let why = format!(
+                "{server} refuses connections: nothing listens there, or its own firewall rejects them"
+            );
+            return fail(why, [look]);
         }
-        let to_server = conntrack::find([Filter::RepliesFrom(tuple.destination)], |flow| {
-            flow.protocol == protocol.number()
-                && flow.reply.source == tuple.destination
-                && flow.reply.ports.map(|ports| ports.0) == tuple.ports.map(|ports| ports.1)
+        if unanswered > 0 {
+            let what = format!(
+                "{unanswered} connections wait for a reply of {server}, the last one among them"
+            );
+            self.hop("host", what, None);
+            let (why, look) = match answer {
+                Some(Answer::Accepts) => (
+                    "though it answers this router: its default gateway is another, or its own firewall drops what comes from outside",
+                    format!("on {address}: ip route (the default route must lead to this router)"),
+                ),
+                _ => (
+                    "nothing listens there, its own firewall drops requests, or its default gateway is another",
+                    format!(
+                        "on {address}: ss -ltn; ip route (the default route must lead to this router)"
+                    ),
+                ),
+            };
+            return fail(
+                format!("{server} has been asked, and no reply came by this router: {why}"),
+                [look],
+            );
+        }
+        match answer {
+            Some(Answer::Silent) => {
+                self.hop(
+                    "host",
+                    format!("{server} does not answer this router"),
+                    None,
+                );
+                self.is_unsure = true;
+                self.caveats.push(format!(
+                    "{server} leaves a connection of this router's unanswered: unless it drops only those, it answers nobody"
+                ));
+            }
+            Some(_) => self.hop("host", format!("{server} accepts connections"), None),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// How many TCP connections to a server wait for its first answer; none if it has answered a younger one. Those that are
+    /// open do not count: they may be old.
+    fn unanswered(&self, address: Ipv4Addr, port: u16) -> Result<usize> {
+        let to_server = conntrack::find([Filter::RepliesFrom(address)], |flow| {
+            flow.protocol == Protocol::Tcp.number()
+                && flow.reply.source == address
+                && flow.reply.ports.is_some_and(|(source, _)| source == port)
         })?;
-        // How long ago the last packet of each was. A server may have gone after it has answered others.
-        let age = |flow: &&Flow| {
+        // How long ago the last packet of each was, in seconds.
+        let age = |flow: &Flow| {
             let state = flow.tcp.map(TcpState::timeout_parameter);
             let timeout = self.snapshot.root.sysctl(&state.unwrap_or_default());
             let timeout: Option<u32> = timeout.and_then(|text| text.parse().ok());
             timeout.unwrap_or(u32::MAX).saturating_sub(flow.timeout)
         };
-        let youngest = to_server.iter().min_by_key(age).and_then(|flow| flow.tcp);
-        let server = host(tuple);
-        if !youngest.is_some_and(TcpState::is_waiting) {
-            return Ok(());
-        }
-        let waiting = to_server.iter().filter(|flow| !flow.is_replied).count();
-        let what =
-            format!("{waiting} connections wait for a reply of {server}, the last one among them");
-        self.hop("host", what, None);
-        fail(
-            format!(
-                "{server} has been asked, and no reply came by this router: nothing listens there, its own firewall drops requests, or its default gateway is another"
-            ),
-            [format!(
-                "on {}: ss -ltn; ip route (the default route must lead to this router)",
-                tuple.destination
-            )],
-        )
+        let is_waiting = |flow: &&Flow| flow.tcp.is_some_and(TcpState::is_waiting);
+        let is_open = |flow: &&Flow| flow.tcp.is_some_and(TcpState::is_established);
+        let waiting = to_server.iter().filter(is_waiting);
+        let answered = to_server
+            .iter()
+            .filter(|it| !is_waiting(it) && !is_open(it));
+        let youngest = waiting.clone().map(age).min();
+        let is_last = match (youngest, answered.map(age).min()) {
+            (Some(waiting), Some(answered)) => waiting <= answered,
+            (waiting, None) => waiting.is_some(),
+            (None, _) => false,
+        };
+        Ok(if is_last { waiting.count() } else { 0 })
     }
 
     /// Notes the client's earlier connections, which keep the server that they began with.

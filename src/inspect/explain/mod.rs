@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
 use crate::config::Config;
+use crate::inspect::explain::ends::Servers;
 use crate::inspect::explain::trace::{Failure, Trace};
 use crate::inspect::packet_trace::{Alternatives, Doubt, Passage, Place, as_text};
 use crate::inspect::report::{Report, Style, Tone, align};
@@ -250,11 +251,13 @@ pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Res
     if let Some((_, error)) = comparison.troubles.pop_first() {
         return Err(error);
     }
-    let begin = |assumed: &[Doubt]| Trace::new(snapshot, config, &comparison, question, assumed);
+    let servers = Servers::default();
+    let begin =
+        |assumed: &[Doubt]| Trace::new(snapshot, config, &comparison, question, &servers, assumed);
     let mut trace = begin(&[]);
     let end = trace.run()?;
     let mut caveats = trace.caveats;
-    let mut is_sure = true;
+    let mut is_sure = !trace.is_unsure || end.is_err();
     let doubts = |passages: Vec<Passage>| passages.into_iter().flat_map(|it| it.doubts).collect();
     let mut alternatives = Alternatives::default();
     alternatives.add(&[], doubts(trace.passages));

@@ -8,6 +8,7 @@ use anyhow::Result;
 use ipnetwork::Ipv4Network;
 
 use crate::config::{Config, Uplink};
+use crate::inspect::explain::ends::Servers;
 use crate::inspect::explain::{Aim, Direction, Hop, Question};
 use crate::inspect::packet_trace::{
     Connection, Context, Doubt, Header, Hook, Packet, Passage, Place, Position, is_interface,
@@ -58,6 +59,7 @@ pub struct Trace<'a> {
     pub config: &'a Config,
     pub comparison: &'a Comparison,
     pub question: &'a Question,
+    pub servers: &'a Servers,
     context: Context<'a>,
     pub connection: Connection,
     /// The interface by which the request comes in.
@@ -73,6 +75,8 @@ pub struct Trace<'a> {
     pub passages: Vec<Passage>,
     /// What may be different for some packets.
     pub caveats: Vec<String>,
+    /// Whether a caveat makes the outcome doubtful.
+    pub is_unsure: bool,
 }
 
 impl<'a> Trace<'a> {
@@ -82,6 +86,7 @@ impl<'a> Trace<'a> {
         config: &'a Config,
         comparison: &'a Comparison,
         question: &'a Question,
+        servers: &'a Servers,
         assumed: &[Doubt],
     ) -> Self {
         let protocol = question.service.protocol;
@@ -90,6 +95,7 @@ impl<'a> Trace<'a> {
             config,
             comparison,
             question,
+            servers,
             context: Context {
                 rulesets: &snapshot.rulesets,
                 links: &snapshot.kernel.links,
@@ -104,6 +110,7 @@ impl<'a> Trace<'a> {
             hops: Vec::new(),
             passages: Vec::new(),
             caveats: Vec::new(),
+            is_unsure: false,
         }
     }
 
@@ -180,7 +187,7 @@ impl<'a> Trace<'a> {
         }
         self.hop("out", format!("by {dev} to {server}"), None);
         self.neighbour(&way, tuple.destination)?;
-        self.unanswered(tuple)?;
+        self.server_answers(&way, tuple)?;
         self.earlier_connections(tuple)?;
         self.answer(&packet, &way)
     }
@@ -246,6 +253,7 @@ impl<'a> Trace<'a> {
                 );
                 return fail(why, self.fixes([]));
             }
+            self.server_answers(&way, tuple)?;
         } else if !self.has_address(dev, source) {
             let fixes = match self.uplink_of(dev) {
                 Some((name, uplink)) if !uplink.masquerade => {
@@ -483,6 +491,32 @@ impl<'a> Trace<'a> {
                 && rule.rest.is_empty()
                 && (rule.suppress_prefixlength.is_none() || is_on_link)
         }))
+    }
+
+    /// Whether this router's own rules let it ask a host for a connection, and hear the answer.
+    pub fn can_ask(&self, dev: &str, destination: Ipv4Addr, port: u16) -> bool {
+        let source = self.link(dev).and_then(|link| link.addresses.first());
+        let header = Header {
+            source: source.copied(),
+            destination: Some(destination),
+            source_port: Some(CLIENT_PORT),
+            destination_port: Some(port),
+        };
+        let mut connection = Connection::new(Some(Protocol::Tcp), header);
+        let mut request = Packet {
+            oif: Some(dev.to_owned()),
+            header,
+            ..Packet::default()
+        };
+        let mut reply = header.reply(Some(dev.to_owned()));
+        let mut passes = |hook, packet: &mut Packet| {
+            let passage = self.context.pass(hook, packet, &mut connection);
+            passage.stopped.is_none() && passage.doubts.is_empty()
+        };
+        passes(Hook::Output, &mut request)
+            && passes(Hook::Postrouting, &mut request)
+            && passes(Hook::Prerouting, &mut reply)
+            && passes(Hook::Input, &mut reply)
     }
 
     /// Whether a route leads to one of the LAN's interfaces, or to a host on another link that is no uplink's: `[lan]` need
