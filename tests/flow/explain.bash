@@ -478,6 +478,18 @@ test_explain_asks_a_server_that_the_routers_own_firewall_lets_nobody_ask() {
 
 ## The link
 
+test_explain_with_the_same_address_on_both_links() {
+    explain_up
+    lab_link_down ppp1
+    lab_link_up ppp1 "$X"
+    mh_hook sync
+    agrees answered client tcp "$X" 80 -- "${FROM_CLIENT[@]}"
+    agrees answered client tcp "$X" 8080 -- "${OWN_SERVICE[@]}"
+    agrees fails lanhost tcp 192.0.2.9 80 -- --from-lan 192.168.0.3 192.0.2.9 tcp/80
+    explains "^fails: it leaves by ppp1 with the source $X, which is an address of ppp0, too" \
+        --from-lan 192.168.0.3 192.0.2.9 tcp/80
+}
+
 test_explain_with_a_link_that_is_down() {
     explain_up
     on_router ip address flush dev ppp0

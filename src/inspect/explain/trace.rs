@@ -265,6 +265,12 @@ impl<'a> Trace<'a> {
                 "it leaves by {dev} with the source {source}, which is not an address of that link: the provider drops it"
             );
             return fail(why, fixes);
+        } else if let Some(other) = self.twin(dev, source) {
+            let why = format!(
+                "it leaves by {dev} with the source {source}, which is an address of {other}, too: what is sent there reaches one of the two"
+            );
+            let fix = format!("see which of {dev} and {other} has it by right: ip -4 address");
+            return fail(why, [fix]);
         }
         self.answer(&packet, &way)
     }
@@ -535,6 +541,14 @@ impl<'a> Trace<'a> {
     fn has_address(&self, interface: &str, address: Ipv4Addr) -> bool {
         self.link(interface)
             .is_some_and(|link| link.addresses.contains(&address))
+    }
+
+    /// Another interface that has the same address as this one.
+    fn twin(&self, interface: &str, address: Ipv4Addr) -> Option<&'a str> {
+        let mut links = self.snapshot.kernel.links.iter();
+        let (name, _) =
+            links.find(|(name, link)| *name != interface && link.addresses.contains(&address))?;
+        Some(name)
     }
 
     fn uplink_of(&self, interface: &str) -> Option<(&'a UplinkName, &'a Uplink)> {
