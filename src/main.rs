@@ -14,7 +14,7 @@ use nix::sys::stat::{Mode as FileMode, umask};
 use nix::unistd::geteuid;
 use signal_hook::consts::SIGCHLD;
 
-use mh_hook::config::{self, Config};
+use mh_hook::config::{self, Config, Source};
 use mh_hook::inspect::check::check;
 use mh_hook::inspect::explain::{Question, explain};
 use mh_hook::inspect::report::{Form, print};
@@ -149,8 +149,13 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
         check_local(local, &[]).map_err(Failure::Usage)?;
     }
     // The configuration is read under the lock, so that the last call to run has read the newest one.
-    let session = geteuid().is_root().then(|| Session::begin(arguments.mode));
-    let config = configuration(&arguments.config_path, &request)?;
+    let mut session = geteuid().is_root().then(|| Session::begin(arguments.mode));
+    let source = Source::read(&arguments.config_path);
+    // Nothing is run for a file that is refused.
+    if let Some(Ok(session)) = session.as_mut().filter(|_| source.is_ok()) {
+        session.begin_to_read()?;
+    }
+    let config = configuration(source, &request)?;
     let mut is_ours = true;
     if let Some(config) = &config {
         is_ours = !request.named(config).map_err(Failure::Usage)?.is_empty();
@@ -182,8 +187,8 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
 }
 
 /// The configuration. None if it is broken and the request only removes entries.
-fn configuration(path: &Path, request: &Request) -> Result<Option<Config>, Failure> {
-    match Config::load(path) {
+fn configuration(source: Result<Source>, request: &Request) -> Result<Option<Config>, Failure> {
+    match source.and_then(|source| source.parse()) {
         Ok(config) => Ok(Some(config)),
         Err(error) if request.removes() => {
             report(&error);

@@ -81,12 +81,34 @@ pub struct Routing {
     pub mark: FwMark,
 }
 
+/// A configuration file that is read, and not yet parsed.
+#[derive(Debug)]
+pub struct Source<'a> {
+    path: &'a Path,
+    text: String,
+}
+
+impl<'a> Source<'a> {
+    /// Reads the file.
+    /// Errors: it can't be read, or another user than root can have written it.
+    pub fn read(path: &'a Path) -> Result<Self> {
+        let text = file::read(path).with_context(|| format!("configuration {}", path.display()))?;
+        Ok(Self { path, text })
+    }
+
+    /// Parses its text.
+    /// Errors: it has problems: [`Errors`].
+    pub fn parse(&self) -> Result<Config> {
+        let Self { path, text } = self;
+        Config::parse(text).map_err(|problems| Errors::new(path, text, problems).into())
+    }
+}
+
 impl Config {
     /// Reads and parses the file.
-    /// Errors: it can't be read, another user than root can have written it, or it has problems: [`Errors`].
+    /// Errors: those of [`Source::read`] and [`Source::parse`].
     pub fn load(path: &Path) -> Result<Self> {
-        let text = file::read(path).with_context(|| format!("configuration {}", path.display()))?;
-        Self::parse(&text).map_err(|problems| Errors::new(path, &text, problems).into())
+        Source::read(path)?.parse()
     }
 
     /// Parses the text of a configuration.

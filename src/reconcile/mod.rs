@@ -72,12 +72,12 @@ pub struct Session {
     started: Instant,
     tools: Tools,
     lock: Option<Lock>,
-    /// iptables-save, which takes the most time where there are many rules. It runs while the configuration is read.
-    save: Process,
+    /// iptables-save, once it is started.
+    save: Option<Process>,
 }
 
 impl Session {
-    /// Finds the tools, waits for the lock, and starts to read the kernel.
+    /// Finds the tools and waits for the lock.
     /// Errors: a tool is missing, or others hold the lock for too long.
     pub fn begin(mode: Mode) -> Result<Self> {
         let started = Instant::now();
@@ -89,11 +89,19 @@ impl Session {
             Mode::DryRun => None,
         };
         Ok(Self {
-            save: tools.iptables_save(Counters::Hidden)?,
             started,
             tools,
             lock,
+            save: None,
         })
+    }
+
+    /// Starts to read the kernel: where there are many rules, iptables-save takes the most time, and runs while the
+    /// configuration is parsed.
+    /// Errors: it can't be run.
+    pub fn begin_to_read(&mut self) -> Result<()> {
+        self.save = Some(self.tools.iptables_save(Counters::Hidden)?);
+        Ok(())
     }
 }
 
@@ -187,9 +195,8 @@ pub fn reconcile(
         started,
         ref tools,
         lock,
-        save,
+        mut save,
     } = session;
-    let mut save = Some(save);
     let named = || request.to_string();
     if let Some((interface, config)) = request.interface().zip(config)
         && request.named(config)?.is_empty()
