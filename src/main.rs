@@ -17,7 +17,7 @@ use signal_hook::consts::SIGCHLD;
 use mh_hook::config::{self, Config, Source};
 use mh_hook::inspect::check::check;
 use mh_hook::inspect::explain::{Question, explain};
-use mh_hook::inspect::report::{Form, print};
+use mh_hook::inspect::report::{Detail, Form, print};
 use mh_hook::inspect::snapshot::Snapshot;
 use mh_hook::inspect::status::status;
 use mh_hook::kernel::link::Link;
@@ -72,7 +72,13 @@ fn main() -> ExitCode {
     }
     logger::init(arguments.level, arguments.level > LevelFilter::Info);
     let result = match arguments.command {
-        Command::Inspect(command, form) => inspect(command, form, &arguments.config_path),
+        Command::Inspect(command, form) => {
+            let detail = match arguments.level > LevelFilter::Info {
+                true => Detail::Full,
+                false => Detail::Brief,
+            };
+            inspect(command, form, detail, &arguments.config_path)
+        }
         _ => change(arguments).map(|()| true),
     };
     let (error, status) = match result {
@@ -94,16 +100,25 @@ fn report(error: &Error) {
 }
 
 /// Prints what `status`, `check` or `explain` finds. False if it is an error.
-fn inspect(command: Inspect, form: Form, config_path: &Path) -> Result<bool, Failure> {
+fn inspect(
+    command: Inspect,
+    form: Form,
+    detail: Detail,
+    config_path: &Path,
+) -> Result<bool, Failure> {
     let config = Config::load(config_path);
     let is_good = match command {
         // It reports a broken configuration among its findings.
-        Inspect::Check => print(&check(&Snapshot::read()?, config.as_ref())?, form)?,
+        Inspect::Check => print(&check(&Snapshot::read()?, config.as_ref())?, form, detail)?,
         Inspect::Status(name) => {
             let config = config.map_err(Failure::Usage)?;
             let name = name.map(|name| uplink(&config, &name)).transpose();
             let name = name.map_err(Failure::Usage)?;
-            print(&status(&Snapshot::read()?, &config, name.as_ref())?, form)?
+            print(
+                &status(&Snapshot::read()?, &config, name.as_ref())?,
+                form,
+                detail,
+            )?
         }
         Inspect::Explain {
             words,
@@ -113,7 +128,11 @@ fn inspect(command: Inspect, form: Form, config_path: &Path) -> Result<bool, Fai
             let config = config.map_err(Failure::Usage)?;
             let question = Question::parse(&config, &words, to, from_lan);
             let question = question.map_err(Failure::Usage)?;
-            print(&explain(&Snapshot::read()?, &config, &question)?, form)?
+            print(
+                &explain(&Snapshot::read()?, &config, &question)?,
+                form,
+                detail,
+            )?
         }
     };
     Ok(is_good)

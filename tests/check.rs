@@ -167,7 +167,7 @@ fn drifts(check: &Check) -> Vec<String> {
 
 /// The same, from the table: `isp0 … drifted: 2 missing, 1 extra`.
 fn drifts_of_status(status: &Status) -> Vec<String> {
-    let text = status.text(Style::Plain);
+    let text = status.text(Style::PLAIN);
     let rows = text.lines().filter_map(|row| row.split_once("drifted: "));
     rows.map(|(row, numbers)| {
         let uplink = row.split(' ').next().unwrap_or_default();

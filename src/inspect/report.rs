@@ -4,6 +4,7 @@ use std::env;
 use std::io::{IsTerminal, Write, stdout};
 
 use anyhow::{Context, Result};
+use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 
 /// The form in which a report is printed.
@@ -24,8 +25,8 @@ pub trait Report: Serialize {
 
 /// Prints a report. True if nothing is wrong.
 /// Errors: standard output can't be written.
-pub fn print(report: &impl Report, form: Form) -> Result<bool> {
-    let style = Style::of_stdout();
+pub fn print(report: &impl Report, form: Form, detail: Detail) -> Result<bool> {
+    let style = Style::of_stdout(detail);
     let text = match form {
         Form::Text => printable(&report.text(style), style),
         Form::Json => serde_json::to_string_pretty(report).context("write JSON")? + "\n",
@@ -43,7 +44,7 @@ fn printable(text: &str, style: Style) -> String {
     let codes = tones.map(|tone| sgr(tone as u8));
     let is_colour = |rest: &str| {
         let mut codes = codes.iter().map(String::as_str).chain([END]);
-        style == Style::Coloured && codes.any(|code| rest.starts_with(code))
+        style.is_coloured && codes.any(|code| rest.starts_with(code))
     };
     let mut clean = String::with_capacity(text.len());
     for (at, c) in text.char_indices() {
@@ -64,12 +65,22 @@ fn sgr(code: u8) -> String {
 /// Resets all colours.
 const END: &str = "\x1b[0m";
 
-/// Whether text is coloured.
+/// How text for a person looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Style {
-    Coloured,
-    /// In a file or pipe, or where the environment has `NO_COLOR` (<https://no-color.org>).
-    Plain,
+pub struct Style {
+    /// Not in a file or pipe, nor where the environment has `NO_COLOR` (<https://no-color.org>).
+    is_coloured: bool,
+    pub detail: Detail,
+    /// How many columns there are. None in a file or pipe, where lines are as long as they come.
+    width: Option<usize>,
+}
+
+/// How much is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detail {
+    Brief,
+    /// With `-v`: each rule and each command in full.
+    Full,
 }
 
 /// What a colour means, with its code.
@@ -86,23 +97,72 @@ pub enum Tone {
 }
 
 impl Style {
-    fn of_stdout() -> Self {
+    /// For a file or pipe.
+    pub const PLAIN: Self = Self {
+        is_coloured: false,
+        detail: Detail::Brief,
+        width: None,
+    };
+
+    /// In colours, and otherwise the same.
+    pub const COLOURED: Self = Self {
+        is_coloured: true,
+        ..Self::PLAIN
+    };
+
+    /// The same in so many columns.
+    pub fn with_width(self, columns: usize) -> Self {
+        let width = Some(columns);
+        Self { width, ..self }
+    }
+
+    fn of_stdout(detail: Detail) -> Self {
         let is_refused = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
             || env::var_os("TERM").is_some_and(|value| value == "dumb");
-        if stdout().is_terminal() && !is_refused {
-            Self::Coloured
-        } else {
-            Self::Plain
+        let columns = env::var("COLUMNS").ok().and_then(|text| text.parse().ok());
+        let is_terminal = stdout().is_terminal();
+        Self {
+            is_coloured: is_terminal && !is_refused,
+            detail,
+            width: columns.or_else(|| is_terminal.then(terminal_width).flatten()),
         }
     }
 
     /// The text in the colour of its tone.
     pub fn paint(self, tone: Tone, text: &str) -> String {
-        match self {
-            Self::Coloured => format!("{}{text}{}", sgr(tone as u8), END),
-            Self::Plain => text.to_owned(),
+        match self.is_coloured {
+            true => format!("{}{text}{}", sgr(tone as u8), END),
+            false => text.to_owned(),
         }
     }
+
+    /// The text in lines no longer than there are columns, where its words allow; the second line and those after it begin
+    /// with so many spaces.
+    pub fn wrap(self, text: &str, indent: usize) -> String {
+        let Some(width) = self.width else {
+            return format!("{text}\n");
+        };
+        let mut words = text.split(' ');
+        let mut line = words.next().unwrap_or_default().to_owned();
+        let mut lines = String::new();
+        for word in words {
+            let is_full = width_of(&line) + 1 + width_of(word) > width;
+            if is_full && !line.trim().is_empty() {
+                lines += &format!("{}\n", line.trim_end());
+                line = " ".repeat(indent);
+            } else {
+                line.push(' ');
+            }
+            line += word;
+        }
+        format!("{lines}{line}\n")
+    }
+}
+
+/// How many columns the terminal has (ioctl_tty(2), TIOCGWINSZ).
+fn terminal_width() -> Option<usize> {
+    let size = tcgetwinsize(stdout()).ok()?;
+    Some(usize::from(size.ws_col)).filter(|columns| *columns > 0)
 }
 
 /// The rows as a table, each column as wide as its widest cell, two spaces apart. Colour codes have no width.

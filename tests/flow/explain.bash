@@ -105,7 +105,8 @@ test_explain_names_each_rule_with_its_number_and_counter() {
     local said
     explain_up
     expect_forward_answered
-    said=$(mh_hook explain 192.0.2.9)
+    grep -qE 'nat +destination translated, by rule 1 of mh-isp0 in nat$' <<<"$(mh_hook explain 192.0.2.9)"
+    said=$(mh_hook -v explain 192.0.2.9)
     grep -qE 'rule 1 of mh-isp0 in nat \(iptables-(nft|legacy)\): -p tcp -m tcp --dport 80 -j DNAT --to-destination 192\.168\.0\.2 \(1 packets\)' <<<"$said"
     grep -qE 'rule +99: from all fwmark 0xa/0xff lookup 10' <<<"$said"
     grep -qE 'route +dev ppp0, table 10' <<<"$said"

@@ -17,7 +17,7 @@ use crate::config::Config;
 use crate::inspect::explain::ends::Servers;
 use crate::inspect::explain::trace::{Failure, Trace};
 use crate::inspect::packet_trace::{Alternatives, Doubt, Passage, Place, as_text};
-use crate::inspect::report::{Report, Style, Tone, align};
+use crate::inspect::report::{Detail, Report, Style, Tone};
 use crate::inspect::snapshot::Snapshot;
 use crate::model::forward::{Asked, Forward, Protocol};
 use crate::model::names::UplinkName;
@@ -318,25 +318,38 @@ impl Report for Explanation {
                 Direction::Back => "back\n",
                 Direction::Later => "later\n",
             };
-            let mut rows = Vec::new();
+            let width = hops.iter().map(|hop| hop.at.len()).max().unwrap_or(0);
             for hop in hops {
-                rows.push(["".into(), hop.at.into(), hop.what.clone()].into());
-                if let Some(rule) = &hop.rule {
+                let brief = hop.rule.as_ref().filter(|_| style.detail == Detail::Brief);
+                let by = brief.map(|rule| format!(", by {}", rule.brief()));
+                let line = format!(
+                    "  {:width$}  {}{}",
+                    hop.at,
+                    hop.what,
+                    by.unwrap_or_default()
+                );
+                text += &style.wrap(&line, width + 6);
+                if let Some(rule) = hop.rule.as_ref().filter(|_| style.detail == Detail::Full) {
                     let packets = rule.packets.map(|packets| format!(" ({packets} packets)"));
-                    let rule = format!("  {rule}{}", packets.unwrap_or_default());
-                    rows.push(["".into(), "".into(), rule].into());
+                    let packets = packets.unwrap_or_default();
+                    text += &format!("{:1$}{rule}{packets}\n", "", width + 6);
                 }
             }
-            text += &align(&rows);
         }
         let (tone, word) = match self.verdict {
             Verdict::Answered => (Tone::Good, "answered"),
             Verdict::Fails => (Tone::Bad, "fails"),
             Verdict::Unsure => (Tone::Doubtful, "unsure"),
         };
-        text += &format!("{}: {}\n", style.paint(tone, word), self.sentence);
+        let sentence = format!("{}: {}", style.paint(tone, word), self.sentence);
+        text += &style.wrap(&sentence, 2);
+        // In one line, to be pasted.
         text.extend(self.fixes.iter().map(|fix| format!("fix: {fix}\n")));
-        text.extend(self.caveats.iter().map(|it| format!("but: {it}\n")));
+        text.extend(
+            self.caveats
+                .iter()
+                .map(|it| style.wrap(&format!("but: {it}"), 2)),
+        );
         text
     }
 

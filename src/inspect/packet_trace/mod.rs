@@ -81,6 +81,15 @@ pub(super) fn as_text<S: Serializer>(
 }
 
 impl Place {
+    /// `rule 3 of FORWARD in filter`, `the policy DROP of FORWARD in filter`
+    pub fn brief(&self) -> String {
+        let (table, chain) = (self.table, &self.chain);
+        match self.number {
+            0 => format!("the {} of {chain} in {table}", self.text),
+            number => format!("rule {number} of {chain} in {table}"),
+        }
+    }
+
     /// The command that deletes the rule.
     pub fn deletion(&self) -> String {
         self.command("-D", &self.text)
