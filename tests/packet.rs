@@ -118,6 +118,7 @@ impl Router {
     fn pass(&self, subject: &mut Subject, assumed: &[Doubt]) -> Passage {
         let context = Context {
             rulesets: &self.rulesets,
+            native: &[],
             links: &self.links,
             assumed: assumed.to_vec(),
             final_chain: (self.table == "nat").then_some("mh-isp0"),

@@ -7,9 +7,10 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::geteuid;
 
 use crate::config::Config;
-use crate::inspect::packet_trace::TracedRuleset;
+use crate::inspect::packet_trace::{NativeTable, TracedRuleset};
 use crate::kernel::ip::{self, RouteLookup};
 use crate::kernel::iptables_save::Ruleset;
+use crate::kernel::nftables::Nftables;
 use crate::kernel::observe::{Kernel, has_tables};
 use crate::kernel::pppd;
 use crate::kernel::root::Root;
@@ -39,8 +40,10 @@ pub struct Snapshot {
     pub other_ruleset: Option<(Backend, Ruleset)>,
     /// The rules of both backends, to trace packets by.
     pub rulesets: Vec<(Backend, TracedRuleset)>,
-    /// The tables of nftables that are not iptables' own; none where nft is not installed.
-    pub nft_tables: Vec<String>,
+    /// The rules of nftables that iptables does not list.
+    pub native: Vec<NativeTable>,
+    /// Why those are not known.
+    pub native_unread: Option<String>,
 }
 
 /// Our entries, installed and desired.
@@ -74,7 +77,7 @@ impl Snapshot {
         Self::new(root, tools, kernel)
     }
 
-    /// Adds what only tools tell: the other backend's tables, and the tables of nftables.
+    /// Adds what only tools tell: the other backend's rules, and those of nftables.
     /// Errors: a tool can't be run or fails, or its answer can't be read.
     pub fn new(root: Root, tools: Tools, kernel: Kernel) -> Result<Self> {
         let other = tools.other().filter(|other| has_tables(other.backend));
@@ -87,8 +90,18 @@ impl Snapshot {
         if let Some((backend, ruleset)) = &other_ruleset {
             rulesets.push((*backend, TracedRuleset::new(ruleset)));
         }
+        let listed = match (tools.backend, &other_ruleset) {
+            (Backend::Nft, _) => Some(&kernel.ruleset),
+            (Backend::Legacy, Some((_, ruleset))) => Some(ruleset),
+            (Backend::Legacy, None) => None,
+        };
+        let (native, native_unread) = match read_native(&tools, listed) {
+            Ok(native) => (native, None),
+            Err(error) => (Vec::new(), Some(format!("{error:#}"))),
+        };
         Ok(Self {
-            nft_tables: nft_tables(&tools.nft_tables()?.unwrap_or_default()),
+            native,
+            native_unread,
             root,
             tools,
             kernel,
@@ -165,16 +178,12 @@ impl Snapshot {
     }
 }
 
-/// The tables in `nft list tables` that IPv4 packets pass and that are not iptables' own: `table inet firewall`.
-fn nft_tables(listing: &str) -> Vec<String> {
-    let is_listed = |table: &&str| {
-        let words = table.strip_prefix("table ");
-        match words.and_then(|words| words.split_once(' ')) {
-            Some(("ip", name)) => !["raw", "mangle", "nat", "filter", "security"].contains(&name),
-            Some((family, _)) => matches!(family, "inet" | "netdev"),
-            None => false,
-        }
-    };
-    let tables = listing.lines().map(str::trim).filter(is_listed);
-    tables.map(str::to_owned).collect()
+/// The rules of nftables that iptables-nft does not list.
+/// Errors: nft is not installed, though the kernel has such tables; it fails, or its answer can't be read.
+fn read_native(tools: &Tools, listed: Option<&Ruleset>) -> Result<Vec<NativeTable>> {
+    match tools.nft_ruleset()? {
+        Some(json) if json.trim().is_empty() => Ok(Vec::new()),
+        Some(json) => Ok(NativeTable::all(&Nftables::parse(&json)?, listed)),
+        None => Ok(Vec::new()),
+    }
 }

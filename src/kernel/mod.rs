@@ -6,6 +6,7 @@ pub mod iptables_save;
 pub mod link;
 pub mod listeners;
 pub mod netlink;
+pub mod nftables;
 pub mod observe;
 pub mod pppd;
 pub mod probe;

@@ -175,29 +175,22 @@ impl Tools {
         Ok(output.stdout.trim().to_owned())
     }
 
-    /// The output of `nft list chains`. None if nft is not installed, or fails.
-    /// Errors: it can't be run.
-    pub fn nft_chains(&self) -> Result<Option<String>> {
-        let Ok(path) = find(&self.root, "nft", "nftables") else {
-            return Ok(None);
-        };
-        let output = self.start(&path, &["list", "chains"])?.finish()?;
-        Ok(output.status.success().then_some(output.stdout))
+    /// What `nft -j list ruleset` prints. None if nft is not installed.
+    /// Errors: it can't be run, or fails.
+    pub fn nft_ruleset(&self) -> Result<Option<String>> {
+        match find(&self.root, "nft", "nftables") {
+            Ok(path) => self
+                .start(&path, &["-j", "list", "ruleset"])?
+                .answer()
+                .map(Some),
+            Err(_) => Ok(None),
+        }
     }
 
     /// Starts `iptables-save`, which prints all rules of all tables.
     /// Errors: it can't be run.
     pub fn iptables_save(&self, counters: Counters) -> Result<Process> {
         self.start(&self.save, counters.args())
-    }
-
-    /// The output of `nft list tables`. None if nft is not installed.
-    /// Errors: it can't be run, or fails.
-    pub fn nft_tables(&self) -> Result<Option<String>> {
-        match find(&self.root, "nft", "nftables") {
-            Ok(path) => self.start(&path, &["list", "tables"])?.answer().map(Some),
-            Err(_) => Ok(None),
-        }
     }
 
     /// Starts `iptables-restore`, which changes each table on its stdin in one transaction. The legacy one waits for

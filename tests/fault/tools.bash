@@ -247,7 +247,7 @@ test_faults_of_those_who_look() {
                 ((took < PROMPT * 1000000)) || problem "$look, $kind of $call took $took µs"
                 case $kind-$call in
                     # What is not installed, or does not work here, is none of theirs; of a version nothing follows.
-                    *-'nft list chains' | *' -V') ;;
+                    *-'nft -j list ruleset' | *' -V') ;;
                     # The kernel's refusal is an answer.
                     fail-*'route get'*) ((status == 1)) || problem "$look, $kind of $call: exit status $status: $said" ;;
                     fail-* | kill-*)

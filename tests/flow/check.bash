@@ -506,15 +506,6 @@ test_check_finds_others_dnat_ahead_of_ours() {
     expect_found dnat-ahead error 172.17.0.2
 }
 
-test_check_notes_chains_that_iptables_does_not_show() {
-    up_and_checked
-    on_router nft add table inet strict
-    on_router nft 'add chain inet strict forward { type filter hook forward priority 0; policy drop; }'
-    expect_forward_silent
-    expect_found nftables info "inet strict forward (policy drop)"
-    expect_all_well
-}
-
 test_check_finds_the_other_backend() {
     local other=nft
     up_and_checked

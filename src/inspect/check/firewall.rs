@@ -3,8 +3,6 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::Result;
-
 use super::routing::Targets;
 use super::{Finding, View, count, few};
 use crate::config::Uplink;
@@ -96,7 +94,7 @@ enum Fault {
     /// A foreign rule translates requests before our DNAT does, or exempts them from translation.
     Taken(Place),
     /// A rule changes our bits of a mark: the connection's, the request's or the reply's.
-    MarkChanged(&'static str, MarkChange),
+    MarkChanged(&'static str, Box<MarkChange>),
     /// A foreign rule ends the evaluation of the mangle table before ours.
     MarkSkipped(Place),
     /// Our mark is missing, and no foreign rule is the cause: our own entries are missing, which is reported elsewhere.
@@ -164,6 +162,7 @@ impl Case<'_> {
     fn trace(&self, assumed: &[Doubt]) -> (Option<Fault>, Vec<Doubt>) {
         let context = Context {
             rulesets: &self.view.snapshot.rulesets,
+            native: &self.view.snapshot.native,
             links: &self.view.snapshot.kernel.links,
             assumed: assumed.to_vec(),
             final_chain: Some(self.chain),
@@ -262,7 +261,7 @@ impl Case<'_> {
             change.of_connection == of_connection && change.changed & ours.mask != 0
         });
         if let Some(change) = last.filter(|change| self.is_foreign(&change.place)) {
-            return Err(Fault::MarkChanged(whose, change.clone()));
+            return Err(Fault::MarkChanged(whose, Box::new(change.clone())));
         }
         // Our rules that mark are at the first hook.
         let mut accepted = passages[0].accepted.iter();
@@ -301,7 +300,7 @@ impl Case<'_> {
                     verb("changes", "may change")
                 );
                 let action = change.action.without(mask);
-                let fix = if action == action.without(u32::MAX) {
+                let fix = if place.native.is_some() || action == action.without(u32::MAX) {
                     place.deletion()
                 } else {
                     // The same rule in the same place, for the other bits.
@@ -335,8 +334,19 @@ impl Case<'_> {
     }
 }
 
-/// `"-t filter -A FORWARD -j DROP"`
+/// What lets a forward's packets pass a rule or policy of nftables.
+fn let_pass(hook: Hook, place: &Place) -> String {
+    let accept = place.insertion("ct status dnat accept");
+    accept
+        .filter(|_| hook == Hook::Forward || hook == Hook::Input || place.number == 0)
+        .unwrap_or_else(|| place.deletion())
+}
+
+/// `"-t filter -A FORWARD -j DROP"`, `rule handle 7 of forward in inet filter, "drop"`
 fn rule(place: &Place) -> String {
+    if place.native.is_some() {
+        return format!("{}, \"{}\"", place.brief(), place.text);
+    }
     format!("\"-t {} -A {} {}\"", place.table, place.chain, place.text)
 }
 
@@ -358,11 +368,12 @@ fn dropped(
     drops: &[Dropped],
 ) -> Option<Finding> {
     let (_, _, first) = drops.first()?;
-    let by = match first.number {
-        0 => format!(
+    let by = match (first.number, &first.native) {
+        (0, None) => format!(
             "{}'s policy in the table {}, DROP",
             first.chain, first.table
         ),
+        (0, Some(_)) => first.brief(),
         _ => rule(first),
     };
     let mut services: Vec<&String> = drops.iter().map(|(service, ..)| service).collect();
@@ -373,6 +384,10 @@ fn dropped(
         few(services)
     );
     let finding = Finding::error("forward-dropped", what).of(name);
+    if first.native.is_some() {
+        let (_, hook, _) = drops.first()?;
+        return Some(finding.fix(let_pass(*hook, first)));
+    }
     let in_forward = |(_, hook, place): &Dropped| place.table == "filter" && *hook == Hook::Forward;
     if !drops.iter().any(in_forward) {
         return Some(finding);
@@ -434,43 +449,9 @@ pub fn backends(snapshot: &Snapshot) -> Vec<Finding> {
     findings
 }
 
-/// Reports the chains of nftables that forwarded packets pass, which iptables does not list and check does not read.
-/// Errors: nft can't be run.
-pub fn nftables(snapshot: &Snapshot) -> Result<Option<Finding>> {
-    let listing = snapshot.tools.nft_chains()?.unwrap_or_default();
-    let chains = foreign_chains(&listing);
-    Ok((!chains.is_empty()).then(|| {
-        let what = format!(
-            "packets also pass chains of nftables, which check does not read: {}",
-            few(chains)
-        );
-        Finding::info("nftables", what).fix("nft list ruleset")
-    }))
-}
-
-/// Parses `table inet filter {`, `chain forward {`, `type filter hook forward priority filter; policy drop;`
-fn foreign_chains(listing: &str) -> Vec<String> {
-    let mut chains = Vec::new();
-    let (mut table, mut chain) = ("", "");
-    for line in listing.lines().map(str::trim) {
-        let name = line.trim_end_matches(" {");
-        if let Some(name) = name.strip_prefix("table ") {
-            table = name;
-        } else if let Some(name) = name.strip_prefix("chain ") {
-            chain = name;
-        } else if let Some((_, hook)) = line.split_once(" hook ") {
-            let (family, name) = table.split_once(' ').unwrap_or(("ip", table));
-            // Those that iptables-nft lists.
-            let is_iptables =
-                family == "ip" && matches!(name, "raw" | "mangle" | "nat" | "filter" | "security");
-            let is_passed = matches!(family, "ip" | "inet")
-                && matches!(hook.split(' ').next(), Some("prerouting" | "forward"));
-            if is_passed && !is_iptables {
-                let drops = line.contains("policy drop");
-                let policy = if drops { " (policy drop)" } else { "" };
-                chains.push(format!("{table} {chain}{policy}"));
-            }
-        }
-    }
-    chains
+/// Reports that the rules of nftables could not be read.
+pub fn nftables(snapshot: &Snapshot) -> Option<Finding> {
+    let why = snapshot.native_unread.as_ref()?;
+    let what = format!("whether chains of nftables drop the forwards' packets is not known: {why}");
+    Some(Finding::warning("nftables", what).fix("nft -j list ruleset"))
 }

@@ -179,7 +179,7 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
         findings.extend(routing::default_route(snapshot));
     }
     findings.extend(firewall::backends(snapshot));
-    findings.extend(firewall::nftables(snapshot)?);
+    findings.extend(firewall::nftables(snapshot));
     findings.extend(hooks::check(root));
     findings.extend(services::check(root));
     findings.extend(versions::check(snapshot)?);

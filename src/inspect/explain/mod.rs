@@ -279,10 +279,10 @@ pub fn explain(snapshot: &Snapshot, config: &Config, question: &Question) -> Res
         is_sure = false;
         caveats.push("there are more rules that may match or not than explain tries".into());
     }
-    if !snapshot.nft_tables.is_empty() {
+    if let Some(why) = &snapshot.native_unread {
+        is_sure = false;
         caveats.push(format!(
-            "nftables has tables of its own, which explain does not read: {}; see nft list ruleset",
-            snapshot.nft_tables.join(", ")
+            "whether a chain of nftables drops it is not known: {why}"
         ));
     }
     let (verdict, sentence, fixes) = match end {

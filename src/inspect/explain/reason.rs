@@ -103,6 +103,9 @@ impl Trace<'_> {
 
     /// What lets a packet pass that this rule or policy stops.
     pub fn fix_filter(&self, hook: Hook, place: &Place) -> Vec<String> {
+        if place.native.is_some() {
+            return self.let_pass(hook, place);
+        }
         if let Some((name, uplink)) = self.uplink
             && hook == Hook::Forward
             && place.table == "filter"
@@ -116,6 +119,18 @@ impl Trace<'_> {
             0 => place.command("-P", "ACCEPT, or a rule that accepts the packet"),
             _ => place.deletion(),
         }])
+    }
+
+    /// What lets a packet pass a rule or policy of nftables.
+    fn let_pass(&self, hook: Hook, place: &Place) -> Vec<String> {
+        let service = self.question.service;
+        let accept = match (hook, service.port) {
+            (Hook::Forward, _) if self.connection.is_dnat => "ct status dnat accept".to_owned(),
+            (Hook::Input, Some(port)) => format!("{} dport {port} accept", service.protocol),
+            _ if place.number > 0 => return vec![place.deletion()],
+            _ => "accept".to_owned(),
+        };
+        place.insertion(&accept).into_iter().collect()
     }
 
     /// Why the kernel refuses to route a packet. `words` is the refusal as strerror(3) has it (`ip_route_input_slow`,

@@ -98,6 +98,7 @@ impl<'a> Trace<'a> {
             servers,
             context: Context {
                 rulesets: &snapshot.rulesets,
+                native: &snapshot.native,
                 links: &snapshot.kernel.links,
                 assumed: assumed.to_vec(),
                 final_chain: None,

@@ -4,6 +4,7 @@
 //! and of the packets that `check` traces the client is not known. So a match says yes, no or maybe. A rule that may match
 //! is passed over and noted as a doubt; with [`Alternatives`], the packet is traced again with doubts assumed to come true.
 
+mod native;
 mod packet;
 mod ruleset;
 
@@ -13,10 +14,12 @@ use std::net::Ipv4Addr;
 use std::rc::Rc;
 use std::slice;
 
+use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 
+pub use self::native::NativeTable;
 pub use self::packet::{Connection, Header, Packet, Position};
-use self::ruleset::{Chains, Match, Selector, Side, Target, TracedChain, TracedRule, is_listed};
+use self::ruleset::{Chains, Selector, Side, Target, TracedChain, TracedRule, is_listed};
 pub use self::ruleset::{Effect, MarkAction, TracedRuleset};
 use crate::kernel::link::Links;
 use crate::kernel::tools::Backend;
@@ -43,34 +46,70 @@ impl Hook {
         }
     }
 
-    /// The tables with a chain at this hook, in the kernel's order (`enum nf_ip_hook_priorities`,
-    /// linux/netfilter_ipv4.h).
-    fn tables(self) -> &'static [&'static str] {
+    /// The tables of iptables with a chain at this hook, with their priorities: the kernel asks the lowest first
+    /// (`enum nf_ip_hook_priorities`, linux/netfilter_ipv4.h).
+    fn tables(self) -> &'static [(i32, &'static str)] {
         match self {
-            Self::Prerouting => &["raw", "mangle", "nat"],
-            Self::Input => &["mangle", "filter", "security", "nat"],
-            Self::Forward => &["mangle", "filter", "security"],
-            Self::Output => &["raw", "mangle", "nat", "filter", "security"],
-            Self::Postrouting => &["mangle", "nat"],
+            Self::Prerouting => &[(-300, "raw"), (-150, "mangle"), (-100, "nat")],
+            Self::Input => &[
+                (-150, "mangle"),
+                (0, "filter"),
+                (50, "security"),
+                (100, "nat"),
+            ],
+            Self::Forward => &[(-150, "mangle"), (0, "filter"), (50, "security")],
+            Self::Output => &[
+                (-300, "raw"),
+                (-150, "mangle"),
+                (-100, "nat"),
+                (0, "filter"),
+                (50, "security"),
+            ],
+            Self::Postrouting => &[(-150, "mangle"), (100, "nat")],
+        }
+    }
+
+    /// Where connection tracking sees the packet at this hook (`NF_IP_PRI_CONNTRACK`); before, it has no connection.
+    fn tracks_at(self) -> i32 {
+        match self {
+            Self::Prerouting | Self::Output => -200,
+            Self::Input | Self::Forward | Self::Postrouting => i32::MIN,
         }
     }
 }
 
 /// A rule or a policy, and where it is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
-    #[serde(serialize_with = "as_text")]
     pub backend: Backend,
+    /// The table of nftables, if it is not one of iptables: `inet filter`.
+    pub native: Option<Rc<str>>,
+    /// The table of iptables; of nftables, the one that does the same: `nat` or `filter`.
     pub table: &'static str,
-    #[serde(serialize_with = "as_text")]
     pub chain: Rc<str>,
-    /// The rule's number in the chain, from 1; 0 for the chain's policy.
+    /// The rule's number in the chain, from 1, or its handle in nftables; 0 for the chain's policy.
     pub number: usize,
-    /// The rule as iptables-save writes it, without `-A CHAIN`; or `policy DROP`.
-    #[serde(serialize_with = "as_text")]
+    /// The rule as iptables-save writes it, without `-A CHAIN`, or as nft does; or `policy DROP`.
     pub text: Rc<str>,
-    /// The number of packets that matched the rule; none for a policy.
+    /// The number of packets that matched the rule, where they are counted.
     pub packets: Option<u64>,
+}
+
+impl Serialize for Place {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let backend = match self.native {
+            Some(_) => "nft",
+            None => self.backend.name(),
+        };
+        let mut place = serializer.serialize_struct("Place", 6)?;
+        place.serialize_field("backend", backend)?;
+        place.serialize_field("table", self.native.as_deref().unwrap_or(self.table))?;
+        place.serialize_field("chain", &*self.chain)?;
+        place.serialize_field("number", &self.number)?;
+        place.serialize_field("text", &*self.text)?;
+        place.serialize_field("packets", &self.packets)?;
+        place.end()
+    }
 }
 
 pub(super) fn as_text<S: Serializer>(
@@ -81,18 +120,25 @@ pub(super) fn as_text<S: Serializer>(
 }
 
 impl Place {
-    /// `rule 3 of FORWARD in filter`, `the policy DROP of FORWARD in filter`
+    /// `rule 3 of FORWARD in filter`, `the policy DROP of FORWARD in filter`, `rule handle 7 of forward in inet filter`
     pub fn brief(&self) -> String {
-        let (table, chain) = (self.table, &self.chain);
-        match self.number {
-            0 => format!("the {} of {chain} in {table}", self.text),
-            number => format!("rule {number} of {chain} in {table}"),
+        let (table, chain) = (self.native.as_deref().unwrap_or(self.table), &self.chain);
+        match (self.number, &self.native) {
+            (0, _) => format!("the {} of {chain} in {table}", self.text),
+            (number, None) => format!("rule {number} of {chain} in {table}"),
+            (number, Some(_)) => format!("rule handle {number} of {chain} in {table}"),
         }
     }
 
     /// The command that deletes the rule.
     pub fn deletion(&self) -> String {
-        self.command("-D", &self.text)
+        match &self.native {
+            Some(table) => format!(
+                "nft delete rule {table} {} handle {}",
+                self.chain, self.number
+            ),
+            None => self.command("-D", &self.text),
+        }
     }
 
     /// `iptables-nft -t filter -D FORWARD 3`
@@ -100,16 +146,25 @@ impl Place {
         let (backend, table, chain) = (self.backend, self.table, &self.chain);
         format!("{backend} -t {table} {flag} {chain} {rest}")
     }
+
+    /// The command that puts a rule of nftables at the head of the chain.
+    pub fn insertion(&self, rule: &str) -> Option<String> {
+        let table = self.native.as_ref()?;
+        Some(format!("nft insert rule {table} {} {rule}", self.chain))
+    }
 }
 
 /// `rule 3 of FORWARD in filter (iptables-nft): -j DROP`
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (backend, table, chain) = (self.backend, self.table, &self.chain);
-        let (number, text) = (self.number, &self.text);
-        match number {
-            0 => write!(f, "the {text} of {chain} in {table} ({backend})"),
-            _ => write!(f, "rule {number} of {chain} in {table} ({backend}): {text}"),
+        let brief = self.brief();
+        match self.native {
+            Some(_) => write!(f, "{brief} (nft)")?,
+            None => write!(f, "{brief} ({})", self.backend)?,
+        }
+        match self.number {
+            0 => Ok(()),
+            _ => write!(f, ": {}", self.text),
         }
     }
 }
@@ -143,6 +198,8 @@ pub enum Event {
     Accepts,
     /// The target drops the packet.
     Stops,
+    /// The rule's chain is asked ahead of another one with the same priority: that which was made last is.
+    ComesFirst,
 }
 
 /// `rule 3 of FORWARD in filter (iptables-nft): -m limit --limit 3/min -j DROP matches`
@@ -152,6 +209,7 @@ impl fmt::Display for Doubt {
             Event::Matches => "matches",
             Event::Accepts => "accepts the packet",
             Event::Stops => "drops the packet",
+            Event::ComesFirst => "is asked ahead of the other rules that translate",
         };
         write!(f, "{} {verb}", self.place)
     }
@@ -218,6 +276,8 @@ impl Alternatives {
 pub struct Context<'a> {
     /// The rules of both backends: the kernel asks both at each hook.
     pub rulesets: &'a [(Backend, TracedRuleset)],
+    /// The rules of nftables that neither of them lists, which it asks as well.
+    pub native: &'a [NativeTable],
     pub links: &'a Links,
     /// Doubts that are assumed to come true.
     pub assumed: Vec<Doubt>,
@@ -236,43 +296,129 @@ impl Context<'_> {
         self.links.get(interface?)?.addresses.first().copied()
     }
 
-    /// Sends a packet through all tables at a hook. The nat table sees a connection's first packet only.
+    /// The chains at a hook, in the order in which the kernel asks them. Of those with the same priority, it asks the one
+    /// first that was made last (`nf_hook_entries_grow`, net/netfilter/core.c), which no listing tells.
+    fn bases(&self, hook: Hook) -> Vec<BaseChain<'_>> {
+        let iptables = hook.tables().iter().flat_map(|(priority, table)| {
+            self.rulesets.iter().filter_map(move |(backend, ruleset)| {
+                Some(BaseChain {
+                    priority: *priority,
+                    backend: *backend,
+                    native: None,
+                    table,
+                    name: hook.chain(),
+                    chains: ruleset.tables.get(*table)?,
+                })
+            })
+        });
+        let native = self.native.iter().flat_map(|table| {
+            let bases = table.bases.iter().filter(|base| base.hook == hook);
+            bases.map(|base| BaseChain {
+                priority: base.priority,
+                backend: Backend::Nft,
+                native: Some(&table.name),
+                table: if base.is_nat { "nat" } else { "filter" },
+                name: &base.chain,
+                chains: &table.chains,
+            })
+        });
+        let mut bases: Vec<BaseChain> = iptables.chain(native).collect();
+        let comes_first = |base: &BaseChain| {
+            let mut assumed = self.assumed.iter();
+            assumed.any(|doubt| doubt.event == Event::ComesFirst && base.has(&doubt.place))
+        };
+        bases.sort_by_key(|base| (base.priority, !comes_first(base)));
+        bases
+    }
+
+    /// Sends a packet through all chains at a hook. Those of nat see a connection's first packet only.
     pub fn pass(&self, hook: Hook, packet: &mut Packet, connection: &mut Connection) -> Passage {
         let mut passage = Passage::default();
-        for table in hook.tables() {
-            let is_nat = *table == "nat";
+        let before = packet.clone();
+        for base in self.bases(hook) {
+            let is_nat = base.table == "nat";
             if is_nat && (packet.position != Position::First || connection.is_untracked) {
                 continue;
             }
-            for (backend, ruleset) in self.rulesets {
-                let Some(chains) = ruleset.tables.get(*table) else {
-                    continue;
-                };
-                let mut evaluation = Evaluation {
-                    context: self,
-                    backend: *backend,
-                    hook,
-                    table,
-                    chains,
-                    packet,
-                    connection,
-                    passage: &mut passage,
-                    rules: 0,
-                };
-                match evaluation.built_in_chain() {
-                    End::Stopped(place) => {
-                        passage.stopped = Some(place);
-                        return passage;
-                    }
-                    End::Accepted(place) => passage.accepted.push(place),
-                    End::Returned => {}
+            if is_nat && passage.nat.is_some() {
+                self.rival(hook, base, &before, connection, &mut passage);
+                continue;
+            }
+            match base
+                .evaluation(self, hook, packet, connection, &mut passage)
+                .run()
+            {
+                End::Stopped(place) => {
+                    passage.stopped = Some(place);
+                    return passage;
                 }
-                if is_nat && passage.nat.is_some() {
-                    break;
-                }
+                End::Accepted(place) => passage.accepted.push(place),
+                End::Returned => {}
             }
         }
         passage
+    }
+
+    /// Notes a rule that would translate the packet if its chain were asked before the one that has.
+    fn rival(
+        &self,
+        hook: Hook,
+        base: BaseChain,
+        before: &Packet,
+        connection: &Connection,
+        passage: &mut Passage,
+    ) {
+        let is_assumed = self.assumed.iter().any(|it| it.event == Event::ComesFirst);
+        let (mut packet, mut connection) = (before.clone(), connection.clone());
+        packet.mark = 0;
+        connection.is_dnat = false;
+        let mut other = Passage::default();
+        base.evaluation(self, hook, &mut packet, &mut connection, &mut other)
+            .run();
+        let place = other.nat.filter(|_| !is_assumed);
+        passage.doubts.extend(place.map(|place| Doubt {
+            place,
+            event: Event::ComesFirst,
+            effect: Effect::Changes,
+        }));
+    }
+}
+
+/// A chain that the kernel asks by itself.
+#[derive(Clone, Copy)]
+struct BaseChain<'a> {
+    priority: i32,
+    backend: Backend,
+    native: Option<&'a Rc<str>>,
+    table: &'static str,
+    name: &'a str,
+    chains: &'a Chains,
+}
+
+impl<'a> BaseChain<'a> {
+    /// Whether a rule is one of this table.
+    fn has(&self, place: &Place) -> bool {
+        let native = place.native.as_ref();
+        (place.backend, place.table, native) == (self.backend, self.table, self.native)
+    }
+
+    fn evaluation(
+        self,
+        context: &'a Context<'a>,
+        hook: Hook,
+        packet: &'a mut Packet,
+        connection: &'a mut Connection,
+        passage: &'a mut Passage,
+    ) -> Evaluation<'a> {
+        Evaluation {
+            context,
+            base: self,
+            hook,
+            packet,
+            connection,
+            passage,
+            rules: 0,
+        }
     }
 }
 
@@ -292,13 +438,11 @@ const MAX_DEPTH: usize = 32;
 /// many rules that nobody would wait for the end.
 const MAX_RULES: usize = 200_000;
 
-/// The evaluation of a packet in one table of one backend.
+/// The evaluation of a packet in one chain that the kernel asks, and those that it goes to.
 struct Evaluation<'a> {
     context: &'a Context<'a>,
-    backend: Backend,
+    base: BaseChain<'a>,
     hook: Hook,
-    table: &'static str,
-    chains: &'a Chains,
     packet: &'a mut Packet,
     connection: &'a mut Connection,
     passage: &'a mut Passage,
@@ -307,16 +451,16 @@ struct Evaluation<'a> {
 }
 
 impl Evaluation<'_> {
-    fn built_in_chain(&mut self) -> End {
-        let end = self.chain(self.hook.chain(), 0);
-        let chain = self.chains.get(self.hook.chain());
+    fn run(&mut self) -> End {
+        let end = self.chain(self.base.name, 0);
+        let chain = self.base.chains.get(self.base.name);
         let policy = chain.and_then(|chain| Some((chain, chain.policy.as_ref()?)));
         let (End::Returned, Some((chain, policy))) = (&end, policy) else {
             return end;
         };
         let place = self.place(chain, 0, policy, None);
         match policy.strip_prefix("policy ") {
-            Some("ACCEPT") => End::Accepted(place),
+            Some("ACCEPT" | "accept") => End::Accepted(place),
             _ => End::Stopped(place),
         }
     }
@@ -329,8 +473,9 @@ impl Evaluation<'_> {
         packets: Option<u64>,
     ) -> Place {
         Place {
-            backend: self.backend,
-            table: self.table,
+            backend: self.base.backend,
+            native: self.base.native.cloned(),
+            table: self.base.table,
             chain: Rc::clone(&chain.name),
             number,
             text: Rc::clone(text),
@@ -339,7 +484,7 @@ impl Evaluation<'_> {
     }
 
     fn chain(&mut self, name: &str, depth: usize) -> End {
-        let chain = self.chains.get(name).filter(|_| depth < MAX_DEPTH);
+        let chain = self.base.chains.get(name).filter(|_| depth < MAX_DEPTH);
         let Some(chain) = chain else {
             return End::Returned;
         };
@@ -349,10 +494,11 @@ impl Evaluation<'_> {
                 break;
             }
             let fits = self.fits(rule);
-            if fits == Some(false) || rule.target == Target::Continue {
+            if fits == Some(false) || rule.targets.iter().all(|it| *it == Target::Continue) {
                 continue;
             }
-            let place = self.place(chain, number, &rule.text, Some(rule.packets));
+            let number = rule.number.map_or(number, |handle| handle as usize);
+            let place = self.place(chain, number, &rule.text, rule.packets);
             let mut assumed = self.context.assumed.iter();
             let assumed = assumed.rfind(|doubt| doubt.place == place);
             let end = match (fits, assumed.map(|doubt| doubt.event)) {
@@ -362,7 +508,10 @@ impl Evaluation<'_> {
                     self.doubt(rule, place);
                     None
                 }
-                _ => self.target(rule, place, depth),
+                _ => {
+                    let mut targets = rule.targets.iter();
+                    targets.find_map(|target| self.target(rule, target, place.clone(), depth))
+                }
             };
             if let Some(end) = end {
                 return end;
@@ -373,11 +522,10 @@ impl Evaluation<'_> {
 
     /// Notes what may happen at a rule, unless that makes no difference.
     fn doubt(&mut self, rule: &TracedRule, place: Place) {
-        let events: &[_] = match (&rule.target, rule.effect(self.chains)) {
+        let is_undecided = rule.targets.contains(&Target::Undecided);
+        let events: &[_] = match (is_undecided, rule.effect(self.base.chains)) {
             (_, Effect::None) => &[],
-            (Target::Undecided, effect) => {
-                &[(Event::Accepts, effect), (Event::Stops, Effect::Stops)]
-            }
+            (true, effect) => &[(Event::Accepts, effect), (Event::Stops, Effect::Stops)],
             (_, effect) => &[(Event::Matches, effect)],
         };
         let doubts = events.iter().map(|(event, effect)| Doubt {
@@ -389,8 +537,14 @@ impl Evaluation<'_> {
     }
 
     /// Carries out the target of a rule that matches; none where the next rule follows.
-    fn target(&mut self, rule: &TracedRule, place: Place, depth: usize) -> Option<End> {
-        match &rule.target {
+    fn target(
+        &mut self,
+        rule: &TracedRule,
+        target: &Target,
+        place: Place,
+        depth: usize,
+    ) -> Option<End> {
+        match target {
             Target::Continue => {}
             Target::Accept => return Some(End::Accepted(place)),
             Target::Stop => return Some(End::Stopped(place)),
@@ -402,10 +556,10 @@ impl Evaluation<'_> {
             }
             Target::Mark(action) => self.mark(*action, place),
             Target::Jump(name) | Target::Goto(name)
-                if self.table != "nat" || self.context.final_chain != Some(name) =>
+                if self.base.table != "nat" || self.context.final_chain != Some(name) =>
             {
                 match self.chain(name, depth + 1) {
-                    End::Returned if matches!(rule.target, Target::Jump(_)) => {}
+                    End::Returned if matches!(target, Target::Jump(_)) => {}
                     end => return Some(end),
                 }
             }
@@ -472,16 +626,20 @@ impl Evaluation<'_> {
         });
     }
 
-    /// Whether the packet has a connection yet: the raw table comes before conntrack.
+    /// Whether the packet has a connection yet.
     fn is_tracked(&self) -> bool {
-        self.table != "raw" && !self.connection.is_untracked
+        !self.is_before_tracking() && !self.connection.is_untracked
+    }
+
+    fn is_before_tracking(&self) -> bool {
+        self.base.priority < self.hook.tracks_at()
     }
 
     /// Whether the rule matches; none where that is not known.
     fn fits(&self, rule: &TracedRule) -> Option<bool> {
         let mut fits = Some(true);
         for one in &rule.matches {
-            match self.holds(one) {
+            match self.holds(&one.selector, one.is_negated) {
                 Some(holds) if holds == one.is_negated => return Some(false),
                 Some(_) => {}
                 None => fits = None,
@@ -491,10 +649,10 @@ impl Evaluation<'_> {
     }
 
     /// Whether what the option asks for is so, before negation; none where that is not known.
-    fn holds(&self, one: &Match) -> Option<bool> {
+    fn holds(&self, selector: &Selector, is_negated: bool) -> Option<bool> {
         let (packet, connection) = (&*self.packet, &*self.connection);
         let is_reply = packet.position == Position::Reply;
-        match &one.selector {
+        match selector {
             // Without a connection these never match, negated or not (`connmark_mt`, `conntrack_mt`,
             // net/netfilter/xt_connmark.c, xt_conntrack.c).
             Selector::ConnectionMark(_)
@@ -503,7 +661,7 @@ impl Evaluation<'_> {
             | Selector::Port(Side::OriginalDestination, _)
                 if !self.is_tracked() =>
             {
-                Some(one.is_negated)
+                Some(is_negated)
             }
             Selector::Address(_, Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST) => Some(true),
             Selector::Address(side, first, last) => {
@@ -550,6 +708,25 @@ impl Evaluation<'_> {
             Selector::State(states) => Some(states.iter().any(|state| self.is_in_state(state))),
             Selector::IsReply(asked) => Some(*asked == is_reply),
             Selector::IsUnicast(is_unicast) => Some(*is_unicast),
+            Selector::IsIpv4(is_ipv4) => Some(*is_ipv4),
+            Selector::Any(selectors) => {
+                let mut all = selectors.iter().map(|it| self.holds(it, is_negated));
+                let mut is_known = true;
+                let holds = all.any(|holds| {
+                    is_known &= holds.is_some();
+                    holds == Some(true)
+                });
+                (holds || is_known).then_some(holds)
+            }
+            Selector::All(selectors) => {
+                let mut all = selectors.iter().map(|it| self.holds(it, is_negated));
+                let mut is_known = true;
+                let fails = all.any(|holds| {
+                    is_known &= holds.is_some();
+                    holds == Some(false)
+                });
+                (fails || is_known).then_some(!fails)
+            }
             Selector::Unknown => None,
         }
     }
@@ -571,7 +748,7 @@ impl Evaluation<'_> {
         match state {
             "UNTRACKED" => connection.is_untracked,
             _ if connection.is_untracked => false,
-            _ if self.table == "raw" => state == "INVALID",
+            _ if self.is_before_tracking() => state == "INVALID",
             "NEW" => is_first,
             "ESTABLISHED" => !is_first,
             "DNAT" => connection.is_dnat,

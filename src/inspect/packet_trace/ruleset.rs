@@ -33,14 +33,29 @@ pub struct TracedChain {
     effect: Effect,
 }
 
+impl TracedChain {
+    /// A chain whose effect is not known yet.
+    pub fn new(name: &str, policy: Option<&str>, rules: Vec<TracedRule>) -> Self {
+        Self {
+            name: name.into(),
+            policy: policy.map(Rc::from),
+            rules,
+            effect: Effect::None,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct TracedRule {
-    /// The number of packets that matched the rule.
-    pub packets: u64,
-    /// The rule as iptables-save writes it, without `-A CHAIN`.
+    /// The handle of a rule of nftables; none for one of iptables, which goes by its place.
+    pub number: Option<u64>,
+    /// The number of packets that matched the rule, where they are counted.
+    pub packets: Option<u64>,
+    /// The rule as iptables-save writes it, without `-A CHAIN`, or as nft writes it.
     pub text: Rc<str>,
     pub matches: Vec<Match>,
-    pub target: Target,
+    /// What is done one after the other: one thing with iptables, several with nftables.
+    pub targets: Vec<Target>,
 }
 
 /// One condition of a rule.
@@ -49,6 +64,16 @@ pub struct Match {
     /// Whether a `!` comes before the option.
     pub is_negated: bool,
     pub selector: Selector,
+}
+
+impl Match {
+    pub fn of(selector: Selector) -> Self {
+        let is_negated = false;
+        Self {
+            is_negated,
+            selector,
+        }
+    }
 }
 
 /// An option of a match, with its value.
@@ -75,6 +100,11 @@ pub enum Selector {
     IsReply(bool),
     /// Whether `--pkt-type` asks for packets to this host alone.
     IsUnicast(bool),
+    IsIpv4(bool),
+    /// One of these at least.
+    Any(Vec<Selector>),
+    /// All of these.
+    All(Vec<Selector>),
     /// Depends on more than the packet and its connection (`set`, `limit`), or is not known here.
     Unknown,
 }
@@ -163,18 +193,17 @@ impl TracedRuleset {
 fn trace_chains(chains: &BTreeMap<String, iptables_save::Chain>) -> Chains {
     let traced = chains.iter().map(|(name, chain)| {
         let policy = chain.policy.as_ref();
+        let policy = policy.map(|policy| format!("policy {policy}"));
         let rules = chain.rules.iter().zip(&chain.counters);
-        let traced = TracedChain {
-            name: name.as_str().into(),
-            policy: policy.map(|policy| format!("policy {policy}").into()),
-            rules: rules
-                .map(|(rule, counter)| TracedRule::new(rule, counter.packets, chains))
-                .collect(),
-            effect: Effect::None,
-        };
+        let rules = rules.map(|(rule, counter)| TracedRule::new(rule, counter.packets, chains));
+        let traced = TracedChain::new(name, policy.as_deref(), rules.collect());
         (name.clone(), traced)
     });
-    let mut traced: Chains = traced.collect();
+    with_effects(traced.collect())
+}
+
+/// The chains of a table, with what a jump to each can do.
+pub fn with_effects(mut traced: Chains) -> Chains {
     // A chain's effect is known once those of the chains that it goes to are.
     loop {
         let effects = traced.values().map(|chain| {
@@ -209,24 +238,26 @@ impl TracedRule {
             _ => Target::Continue,
         };
         Self {
-            packets,
+            number: None,
+            packets: Some(packets),
             text: rule.to_string().into(),
             matches,
-            target,
+            targets: vec![target],
         }
     }
 
     /// What the rule can do to a packet that it matches.
     pub fn effect(&self, chains: &Chains) -> Effect {
         let effect_of = |name| chains.get(name).map_or(Effect::None, |chain| chain.effect);
-        match &self.target {
+        let effects = self.targets.iter().map(|target| match target {
             Target::Continue => Effect::None,
             Target::Jump(name) => effect_of(name),
             Target::Goto(name) => effect_of(name).max(Effect::Passes),
             Target::Stop => Effect::Stops,
             Target::Accept | Target::Return | Target::Undecided => Effect::Passes,
             _ => Effect::Changes,
-        }
+        });
+        effects.max().unwrap_or(Effect::None)
     }
 }
 

@@ -170,6 +170,7 @@ fn walk(text: &str) {
     let links = BTreeMap::from([("ppp0".to_owned(), link)]);
     let context = Context {
         rulesets: &rulesets,
+        native: &[],
         links: &links,
         assumed: Vec::new(),
         final_chain: None,
