@@ -66,7 +66,11 @@ pub fn expect(world: &World, call: &Call) -> Expected {
             Err(NotUsable) => {
                 return unchanged(match call {
                     // What a person says of the link is not so.
-                    Call::Up(interface, Some(_)) if is_up(world, interface) => 2,
+                    Call::Up(interface, Some(_))
+                        if is_up(world, interface) && uplink.interface == *interface =>
+                    {
+                        2
+                    }
                     _ => 1,
                 });
             }
