@@ -8,6 +8,7 @@ use lexopt::Arg;
 use log::LevelFilter;
 
 use mh_hook::config;
+use mh_hook::inspect::check::Severity;
 use mh_hook::inspect::report::Form;
 use mh_hook::reconcile::Mode;
 use mh_hook::reconcile::event::Direction;
@@ -40,11 +41,13 @@ Options:
       --local ADDR   with up: the link's address
       --uplink NAME  with up: the uplink, if nothing else tells which one it is
       --json         with status, check and explain: print JSON
+      --strict       with check: exit status 1 for a warning, too
       --to WHERE     with explain: the uplink or address that the client asks
       --from-lan HOST
                      with explain: trace this LAN host's own connection to the
                      destination that is given in CLIENT's place
-  -v, --verbose      also log what was already there
+  -v, --verbose      also log what was already there; with status, check and
+                     explain: each entry and rule in full
   -q, --quiet        log errors only
   -h, --help         print this
   -V, --version      print the version
@@ -85,7 +88,8 @@ pub enum Command {
 /// The commands that change nothing.
 pub enum Inspect {
     Status(Option<OsString>),
-    Check,
+    /// The worst severity with which the exit status is 0.
+    Check(Severity),
     Explain {
         words: Vec<OsString>,
         to: Option<OsString>,
@@ -101,6 +105,7 @@ struct Options {
     to: Option<OsString>,
     from_lan: Option<OsString>,
     json: Option<Form>,
+    tolerated: Option<Severity>,
 }
 
 impl Arguments {
@@ -131,6 +136,7 @@ impl Arguments {
                 Arg::Long("to") => options.to = Some(parser.value()?),
                 Arg::Long("from-lan") => options.from_lan = Some(parser.value()?),
                 Arg::Long("json") => options.json = Some(Form::Json),
+                Arg::Long("strict") => options.tolerated = Some(Severity::Info),
                 Arg::Short('v') | Arg::Long("verbose") => arguments.level = LevelFilter::Debug,
                 Arg::Short('q') | Arg::Long("quiet") => arguments.level = LevelFilter::Error,
                 Arg::Short('h') | Arg::Long("help") => {
@@ -177,7 +183,10 @@ impl Command {
                 Self::Event { direction, args }
             }
             Some("status") => Self::Inspect(Inspect::Status(words.next()), options.form()),
-            Some("check") => Self::Inspect(Inspect::Check, options.form()),
+            Some("check") => {
+                let tolerated = options.tolerated.take().unwrap_or(Severity::Warning);
+                Self::Inspect(Inspect::Check(tolerated), options.form())
+            }
             Some("explain") => {
                 let explain = Inspect::Explain {
                     words: words.by_ref().collect(),
@@ -209,6 +218,7 @@ impl Options {
             self.to.is_none() && self.from_lan.is_none(),
             "--to and --from-lan go with explain"
         );
+        ensure!(self.tolerated.is_none(), "--strict goes with check");
         ensure!(
             self.json.is_none(),
             "--json goes with status, check and explain"

@@ -109,7 +109,10 @@ fn inspect(
     let config = Config::load(config_path);
     let is_good = match command {
         // It reports a broken configuration among its findings.
-        Inspect::Check => print(&check(&Snapshot::read()?, config.as_ref())?, form, detail)?,
+        Inspect::Check(tolerated) => {
+            let found = check(&Snapshot::read()?, config.as_ref(), tolerated)?;
+            print(&found, form, detail)?
+        }
         Inspect::Status(name) => {
             let config = config.map_err(Failure::Usage)?;
             let name = name.map(|name| uplink(&config, &name)).transpose();

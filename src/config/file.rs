@@ -58,15 +58,22 @@ fn check_trusted(fd: impl AsFd, kind: SFlag) -> Result<()> {
     let stat = fstat(fd).context("fstat")?;
     let found = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     ensure!(found == kind, "is not a regular file");
+    // Others may need a folder as it is.
+    let cure = |command| match kind {
+        SFlag::S_IFDIR => "put the file into /etc",
+        _ => command,
+    };
     ensure!(
         stat.st_uid == 0,
-        "belongs to user {}, not to root: chown root it",
-        stat.st_uid
+        "belongs to user {}, not to root: {}",
+        stat.st_uid,
+        cure("chown root it")
     );
     ensure!(
         stat.st_mode & 0o022 == 0,
-        "can be written by others than root (mode {:o}): chmod go-w it",
-        stat.st_mode & 0o7777
+        "can be written by others than root (mode {:o}): {}",
+        stat.st_mode & 0o7777,
+        cure("chmod go-w it")
     );
     Ok(())
 }

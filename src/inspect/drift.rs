@@ -41,4 +41,18 @@ impl Drift {
         }
         drift
     }
+
+    /// `2 of 17 entries missing, 1 extra`; none where nothing is. `desired` is the number of entries that there should be.
+    pub fn summary(&self, desired: usize) -> Option<String> {
+        let (missing, extra) = (self.missing.len(), self.extra.len());
+        match (missing, extra) {
+            (0, 0) => None,
+            (0, 1) => Some("1 entry extra".into()),
+            (0, extra) => Some(format!("{extra} entries extra")),
+            (missing, 0) => Some(format!("{missing} of {desired} entries missing")),
+            (missing, extra) => Some(format!(
+                "{missing} of {desired} entries missing, {extra} extra"
+            )),
+        }
+    }
 }

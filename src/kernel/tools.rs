@@ -172,7 +172,10 @@ impl Tools {
 
     fn version(&self, path: &Path) -> Result<String> {
         let output = self.start(path, &["-V"])?.finish()?;
-        Ok(output.stdout.trim().to_owned())
+        // BusyBox says who it is where an option is wrong.
+        let words = [&output.stdout, &output.stderr].map(|words| words.trim());
+        let words = words.into_iter().find(|words| !words.is_empty());
+        Ok(words.unwrap_or_default().replace('\n', "; "))
     }
 
     /// What `nft -j list ruleset` prints. None if nft is not installed.

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::Finding;
+use super::{Finding, Severity};
 use crate::kernel::root::Root;
 
 /// Each script of pppd's. It runs the programs in the folder of the same name with `.d` behind.
@@ -14,17 +14,19 @@ const SCRIPTS: [&str; 3] = ["/etc/ppp/ip-pre-up", "/etc/ppp/ip-up", "/etc/ppp/ip
 /// The largest script that is read, in bytes.
 const MAX_SCRIPT: u64 = 64 << 10;
 
-/// Checks that each of pppd's events reaches mh-hook.
-pub fn check(root: &Root) -> Vec<Finding> {
-    let findings = SCRIPTS.iter().flat_map(|script| event(root, script));
+/// Checks that each of pppd's events reaches mh-hook. `needed` is how bad it is if one does not.
+pub fn check(root: &Root, needed: Severity) -> Vec<Finding> {
+    let findings = SCRIPTS
+        .iter()
+        .flat_map(|script| event(root, script, needed));
     findings.collect()
 }
 
-fn event(root: &Root, script: &str) -> Vec<Finding> {
+fn event(root: &Root, script: &str, needed: Severity) -> Vec<Finding> {
     // Without ip-pre-up the entries come a moment later, at ip-up.
     let is_needed = !script.ends_with("/ip-pre-up");
     let missing = |what: String| match is_needed {
-        true => Finding::warning("hook-missing", what),
+        true => Finding::new(needed, "hook-missing", what),
         false => Finding::info("hook-missing", what),
     };
     // A script that calls mh-hook itself needs no folder.

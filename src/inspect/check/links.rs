@@ -1,7 +1,10 @@
 //! The LAN's interfaces and the uplinks' links, and whether our entries are installed.
 
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+
 use super::peers::peers;
-use super::{Finding, Severity, View, count, few};
+use super::{Finding, SYNC, Severity, View, count, few};
 use crate::config::{Config, Uplink};
 use crate::inspect::drift::Drift;
 use crate::inspect::snapshot::{Comparison, Snapshot};
@@ -12,7 +15,7 @@ use crate::reconcile::diff::diff;
 use crate::reconcile::parts::parts;
 use crate::reconcile::{not_listed, unlisted, writes_to};
 
-/// Checks both sides of the router, and our entries.
+/// Checks both sides of the router.
 pub fn check(view: &View) -> Vec<Finding> {
     let mut findings = lan(view);
     for (name, uplink) in &view.config.uplinks {
@@ -21,11 +24,47 @@ pub fn check(view: &View) -> Vec<Finding> {
             findings.push(link(view, name, uplink));
         }
     }
-    // Entries are missing because nothing is written while a table is not listed, which is a finding of its own.
-    if unlisted(Some(view.config), &view.snapshot.kernel.ruleset).is_none() {
-        findings.extend(drift(view));
+    findings.extend(addresses(view));
+    findings
+}
+
+/// Addresses that nobody outside can reach, and those that a forward names and the link does not have.
+fn addresses(view: &View) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (name, uplink, link) in view.serving_links() {
+        let interface = &link.interface;
+        if let Some(what) = not_public(link.address)
+            && link.addresses.iter().all(|it| not_public(*it).is_some())
+        {
+            let what = format!(
+                "{interface} has the address {}, {what}: nobody outside can reach the forwards",
+                link.address
+            );
+            let fix = "ask the provider for a public address".to_owned();
+            findings.push(Finding::error("address-not-public", what).of(name).fix(fix));
+        }
+        let named = uplink.forwards.iter().filter_map(|forward| forward.address);
+        let gone: BTreeSet<Ipv4Addr> = named.filter(|it| !link.addresses.contains(it)).collect();
+        if !gone.is_empty() {
+            let what = format!(
+                "forwards name {}, which {interface} does not have: nothing is forwarded there",
+                few(gone)
+            );
+            let fix = format!("ip -4 address show {interface}");
+            findings.push(Finding::warning("forward-address", what).of(name).fix(fix));
+        }
     }
     findings
+}
+
+/// Whose an address is that is not routed in the Internet; none for a public one.
+fn not_public(address: Ipv4Addr) -> Option<&'static str> {
+    let [first, second, ..] = address.octets();
+    match (first, second) {
+        (100, 64..=127) => Some("one of the provider's own translation (RFC 6598)"),
+        _ if address.is_private() => Some("a private one (RFC 1918)"),
+        _ => None,
+    }
 }
 
 const MISSING: &str = "does not exist";
@@ -80,6 +119,10 @@ fn link(view: &View, name: &UplinkName, uplink: &Uplink) -> Finding {
         return finding.fix(format!("pon {peer}"));
     }
     match interface.filter(|_| fault == Some(DOWN)) {
+        // pppd's links are dialled.
+        Some(interface) if interface.as_str().starts_with("ppp") => {
+            finding.fix("pon PEER: the file in /etc/ppp/peers that dials it")
+        }
         Some(interface) => finding.fix(format!("ip link set {interface} up")),
         None => finding,
     }
@@ -112,6 +155,15 @@ pub fn tables(snapshot: &Snapshot, config: Option<&Config>) -> Vec<Finding> {
     findings.collect()
 }
 
+/// Checks our entries.
+pub fn entries(view: &View) -> Vec<Finding> {
+    // Entries are missing because nothing is written while a table is not listed, which is a finding of its own.
+    match unlisted(Some(view.config), &view.snapshot.kernel.ruleset) {
+        None => drift(view),
+        Some(_) => Vec::new(),
+    }
+}
+
 /// Entries of ours that are missing or extra, and those of no configured uplink.
 fn drift(view: &View) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -124,20 +176,16 @@ fn drift(view: &View) -> Vec<Finding> {
     let (parts, orphans) = parts(view.config, owners, installed, links);
     for (name, part) in &parts {
         let steps = view.snapshot.steps(&part.installed, &part.desired);
-        let Drift { missing, extra } = Drift::entries(&steps);
-        let mut texts = Vec::new();
-        for (entries, kind) in [(&missing, "missing"), (&extra, "extra")] {
-            if !entries.is_empty() {
-                let number = count(entries.len(), "entry is", "entries are");
-                texts.push(format!("{number} {kind}: {}", few(entries)));
-            }
-        }
-        if !texts.is_empty() {
-            let is_serving = !view.config.uplinks[name].forwards.is_empty();
-            let finding = Finding::warning("drift", texts.join("; ")).of(name);
-            let finding = finding.error_if(is_serving && !missing.is_empty());
-            findings.push(finding.fix("mh-hook sync"));
-        }
+        let drift = Drift::entries(&steps);
+        let all = Drift::entries(&diff(&State::default(), &part.desired)).missing;
+        let Some(summary) = drift.summary(all.len()) else {
+            continue;
+        };
+        let is_serving = !view.config.uplinks[name].forwards.is_empty();
+        let finding = Finding::warning("drift", summary).of(name);
+        let mut finding = finding.error_if(is_serving && !drift.missing.is_empty());
+        finding.entries = drift.extra.into_iter().chain(drift.missing).collect();
+        findings.push(finding.fix(SYNC));
     }
     let orphans = Drift::entries(&diff(&orphans, &State::default())).extra;
     if !orphans.is_empty() {
@@ -146,9 +194,10 @@ fn drift(view: &View) -> Vec<Finding> {
             "entry of ours belongs",
             "entries of ours belong",
         );
-        let orphans = few(orphans);
-        let what = format!("{entries} to no configured uplink; sync runs {orphans}");
-        findings.push(Finding::warning("orphans", what).fix("mh-hook sync"));
+        let what = format!("{entries} to no configured uplink");
+        let mut finding = Finding::warning("orphans", what).fix(SYNC);
+        finding.entries = orphans;
+        findings.push(finding);
     }
     findings
 }

@@ -5,13 +5,14 @@ use anyhow::{Error, Result};
 use serde::Serialize;
 
 use crate::config::{Config, Errors, Uplink};
-use crate::inspect::report::{Report, Style, Tone};
+use crate::inspect::report::{Detail, Report, Style, Tone};
 use crate::inspect::snapshot::{Comparison, Snapshot};
 use crate::model::link::UplinkLink;
 use crate::model::names::UplinkName;
 
 mod firewall;
 mod forwards;
+mod handmade;
 mod hooks;
 mod kernel_config;
 mod links;
@@ -24,10 +25,24 @@ mod versions;
 /// The findings, and how much was checked.
 #[derive(Debug, Serialize)]
 pub struct Check {
+    /// The worst severity of a finding, for monitoring.
+    pub health: Health,
     /// By severity; of the same severity, in the order in which a packet passes.
     pub findings: Vec<Finding>,
     /// How much was checked.
     pub looked_at: Scope,
+    /// The worst severity with which the exit status is 0.
+    #[serde(skip)]
+    tolerated: Severity,
+}
+
+/// Whether all is well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    Ok,
+    Warning,
+    Error,
 }
 
 /// How much was checked; foreign entries count, too.
@@ -65,6 +80,8 @@ pub struct Finding {
     pub severity: Severity,
     pub uplink: Option<String>,
     pub what: String,
+    /// The commands for the entries that it counts, which the text has with `-v` only.
+    pub entries: Vec<String>,
     /// What fixes it, in order: commands, or lines of a file that is named.
     #[serde(rename = "fix")]
     pub fixes: Vec<String>,
@@ -89,6 +106,7 @@ impl Finding {
             severity,
             uplink: None,
             what: what.into(),
+            entries: Vec::new(),
             fixes: Vec::new(),
         }
     }
@@ -152,7 +170,11 @@ impl View<'_> {
 
 /// Runs all checks. Where the configuration does not hold, only those that need none.
 /// Errors: a tool can't be run, or its answer can't be read.
-pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Check> {
+pub fn check(
+    snapshot: &Snapshot,
+    config: Result<&Config, &Error>,
+    tolerated: Severity,
+) -> Result<Check> {
     let root = &snapshot.root;
     let looked_at = Scope::new(snapshot, config.ok());
     let mut findings = config.err().map(configuration).unwrap_or_default();
@@ -180,14 +202,27 @@ pub fn check(snapshot: &Snapshot, config: Result<&Config, &Error>) -> Result<Che
     }
     findings.extend(firewall::backends(snapshot));
     findings.extend(firewall::nftables(snapshot));
-    findings.extend(hooks::check(root));
+    // Without it an uplink that pppd dials is never served.
+    let dials = config.is_ok_and(|config| !peers::peers(root, config).is_empty());
+    let needed = match dials {
+        true => Severity::Error,
+        false => Severity::Warning,
+    };
+    findings.extend(hooks::check(root, needed));
     findings.extend(services::check(root));
     findings.extend(versions::check(snapshot)?);
     findings.extend(kernel_config::check(snapshot));
     findings.sort_by_key(|finding| finding.severity);
+    let health = match findings.first().map(|finding| finding.severity) {
+        Some(Severity::Error) => Health::Error,
+        Some(Severity::Warning) => Health::Warning,
+        Some(Severity::Info) | None => Health::Ok,
+    };
     Ok(Check {
+        health,
         findings,
         looked_at,
+        tolerated,
     })
 }
 
@@ -203,6 +238,12 @@ fn configured(view: &View) -> Result<Vec<Finding>> {
     findings.extend(firewall::check(view, &routes));
     findings.extend(forwards::check(view));
     findings.extend(peers::check(view));
+    // Last: where something else is wrong, entries are missing because of it.
+    findings.extend(links::entries(view));
+    if let Some(by_hand) = handmade::check(view) {
+        findings.retain(|finding| !handmade::is_consequence(finding));
+        findings.insert(0, by_hand);
+    }
     Ok(findings)
 }
 
@@ -243,19 +284,30 @@ impl Report for Check {
             };
             let uplink = finding.uplink.as_ref().map(|name| format!("{name}: "));
             let uplink = uplink.unwrap_or_default();
-            text += &format!("{severity}: {uplink}{}\n", finding.what);
-            for line in &finding.fixes {
-                text += &format!("    {line}\n");
+            let mut line = format!("{severity}: {uplink}{}", finding.what);
+            let in_line = finding.fixes == [SYNC];
+            if in_line {
+                line += &format!(": {SYNC}");
             }
+            text += &style.wrap(&line, 2);
+            let entries = finding.entries.iter();
+            let shown = entries.filter(|_| style.detail == Detail::Full);
+            text.extend(shown.map(|entry| format!("    # {entry}\n")));
+            // In one line each, to be pasted.
+            let fixes = finding.fixes.iter().filter(|_| !in_line);
+            text.extend(fixes.map(|fix| format!("    {fix}\n")));
         }
         text
     }
 
     fn is_well(&self) -> bool {
         let mut severities = self.findings.iter().map(|finding| finding.severity);
-        severities.all(|severity| severity != Severity::Error)
+        severities.all(|severity| severity >= self.tolerated)
     }
 }
+
+/// What brings our entries in step.
+const SYNC: &str = "mh-hook sync";
 
 /// The first three, for a sentence: `a, b, c and 7 more`.
 fn few<T: ToString>(items: impl IntoIterator<Item = T>) -> String {

@@ -112,6 +112,8 @@ pub fn check(view: &View, targets: &Targets) -> Result<Vec<Finding>> {
     findings.extend(overtaken);
     findings.extend(tables(view));
     findings.extend(marks(view));
+    findings.extend(servers_default(view));
+    findings.extend(outside_lan(view));
     Ok(findings)
 }
 
@@ -399,6 +401,53 @@ fn marks(view: &View) -> Vec<Finding> {
             );
             let fix = "[mark] mask = …: bits that nobody else uses, and mark = … within it";
             findings.push(Finding::warning("mark-rule", what).of(name).fix(fix));
+        }
+    }
+    findings
+}
+
+/// A default route by the link that is for the servers, while another uplink is there for everything else.
+fn servers_default(view: &View) -> Option<Finding> {
+    let routes = view.snapshot.kernel.routing.routes.iter();
+    let defaults = routes.filter(|it| it.table == TableId::MAIN && it.is_default());
+    let default = defaults.min_by_key(|route| route.metric)?;
+    let dev = default.dev.as_deref()?;
+    let (name, _, _) = view
+        .serving_links()
+        .find(|(_, _, link)| link.interface.as_str() == dev)?;
+    let mut plain = view
+        .config
+        .uplinks
+        .iter()
+        .filter(|(_, uplink)| uplink.forwards.is_empty());
+    let (other, link) =
+        plain.find_map(|(name, _)| Some((name, view.comparison.links.get(name)?.as_ref()?)))?;
+    let what = format!(
+        "the default route leaves by {dev}, which serves the forwards: what the LAN itself does leaves by it, not by {other}'s {}",
+        link.interface
+    );
+    let fix = format!("ip route replace default dev {}", link.interface);
+    Some(
+        Finding::warning("default-by-servers", what)
+            .of(name)
+            .fix(fix),
+    )
+}
+
+/// Targets that are in none of the LAN's networks.
+fn outside_lan(view: &View) -> Vec<Finding> {
+    let networks = &view.config.lan.networks;
+    let mut findings = Vec::new();
+    for (name, uplink) in view.serving().filter(|(_, uplink)| uplink.hairpin) {
+        let targets = uplink.forwards.iter().filter_map(|forward| forward.to);
+        let is_outside = |target: &Ipv4Addr| !networks.iter().any(|it| it.contains(*target));
+        let outside: BTreeSet<Ipv4Addr> = targets.filter(is_outside).collect();
+        if !outside.is_empty() {
+            let what = format!(
+                "the forwards' target {} is in none of [lan] networks: it gets requests from outside, but its own network does not reach it by the public address",
+                few(outside)
+            );
+            findings.push(Finding::info("target-outside-lan", what).of(name));
         }
     }
     findings

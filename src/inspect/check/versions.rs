@@ -16,6 +16,12 @@ const IPTABLES: [u32; 3] = [1, 6, 2];
 pub fn check(snapshot: &Snapshot) -> Result<Vec<Finding>> {
     let mut findings = Vec::new();
     let (ip, iptables) = snapshot.tools.versions()?;
+    if ip.contains("BusyBox") {
+        let what = format!("ip is BusyBox's, which has no rules with a protocol: {ip}");
+        let fix = "install iproute2 (apk add iproute2; on OpenWrt: opkg install ip-full)";
+        findings.push(Finding::error("old-iproute2", what).fix(fix));
+        return Ok(findings);
+    }
     // `ip utility, iproute2-6.1.0, libbpf 1.1.2`; before 5.9 a date, as in iproute2-ss180813
     let words = ip.split_once("iproute2-").map_or("", |(_, rest)| rest);
     let is_old = match words.strip_prefix("ss") {
