@@ -149,7 +149,7 @@ impl Case {
     }
 }
 
-/// Each drifted uplink with the numbers of its missing and its extra entries: `isp0 2 1`.
+/// Each drifted uplink, and by how much: `isp0: 2 of 17 entries missing, 1 extra`.
 fn drifts(check: &Check) -> Vec<String> {
     let drifts = check
         .findings
@@ -157,32 +157,22 @@ fn drifts(check: &Check) -> Vec<String> {
         .filter(|finding| finding.id == "drift");
     let mut lines: Vec<String> = drifts
         .map(|finding| {
-            // `2 of 17 entries missing, 1 extra`, `1 entry extra`
-            let number = |kind: &str| {
-                let mut parts = finding.what.split(", ");
-                let part = parts.find(|part| part.contains(kind));
-                part.map_or("0", |part| part.split(' ').next().unwrap_or_default())
-            };
             let uplink = finding.uplink.as_deref().unwrap_or_default();
-            format!("{uplink} {} {}", number(" missing"), number(" extra"))
+            format!("{uplink}: {}", finding.what)
         })
         .collect();
     lines.sort();
     lines
 }
 
-/// The same, from the table: `isp0 … drifted: 2 missing, 1 extra`.
+/// The same lines of status.
 fn drifts_of_status(status: &Status) -> Vec<String> {
     let text = status.text(Style::PLAIN);
-    let rows = text.lines().filter_map(|row| row.split_once("drifted: "));
-    rows.map(|(row, numbers)| {
-        let uplink = row.split(' ').next().unwrap_or_default();
-        format!(
-            "{uplink} {}",
-            numbers.replace(" missing,", "").replace(" extra", "")
-        )
-    })
-    .collect()
+    let lines = text
+        .lines()
+        .filter_map(|line| line.strip_suffix(": mh-hook sync"));
+    let drifts = lines.filter(|line| line.contains(" entries missing") || line.contains(" extra"));
+    drifts.map(str::to_owned).collect()
 }
 
 /// `error drift isp0: 1 entry is missing: …`, and below it what fixes that.

@@ -193,3 +193,13 @@ fn width_of(cell: &str) -> usize {
     let painted = parts.map(|part| part.split_once('m').map_or(part, |(_, shown)| shown));
     plain + painted.map(|shown| shown.chars().count()).sum::<usize>()
 }
+
+/// The first three, for a sentence: `a, b, c and 7 more`.
+pub fn few<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
+    const FEW: usize = 3;
+    let all: Vec<String> = items.into_iter().map(|item| item.to_string()).collect();
+    match all.len().checked_sub(FEW) {
+        Some(more) if more > 0 => format!("{} and {more} more", all[..FEW].join(", ")),
+        _ => all.join(", "),
+    }
+}

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::config::{Config, Uplink};
 use crate::inspect::drift::Drift;
-use crate::inspect::report::{Report, Style, Tone, align};
+use crate::inspect::report::{Detail, Report, Style, Tone, align, few};
 use crate::inspect::snapshot::{Comparison, Snapshot};
 use crate::kernel::conntrack::{self, Filter};
 use crate::kernel::iptables_save::{Counter, Ruleset};
@@ -68,6 +68,9 @@ struct UplinkStatus {
     /// The entries to count: adding a chain, for instance, takes more commands.
     #[serde(skip)]
     drift: Drift,
+    /// How many entries there should be.
+    #[serde(skip)]
+    entries: usize,
     /// In the order of the configuration.
     forwards: Vec<ForwardStatus>,
 }
@@ -100,8 +103,6 @@ struct ForwardStatus {
     /// The connections that it has taken since its chain was written: a nat rule sees the first packet
     /// of each (iptables(8), nat). None where none of its rules is installed.
     connections: Option<u64>,
-    /// The bytes of those first packets.
-    bytes: Option<u64>,
     /// Its tracked connections; none without an address, or where the kernel does not tell.
     open: Option<usize>,
     /// The bytes of those in both directions, where the kernel counts them (`nf_conntrack_acct`).
@@ -196,6 +197,9 @@ fn uplink_status(
         extra,
         missing,
         drift: Drift::entries(&steps),
+        entries: Drift::entries(&diff(&State::default(), &part.desired))
+            .missing
+            .len(),
         forwards: forwards(name, uplink, snapshot, address),
     }
 }
@@ -222,7 +226,6 @@ fn forwards(
             from: forward.from.iter().map(ToString::to_string).collect(),
             to: forward.destination().to_string(),
             connections: counter.map(|counter| counter.packets),
-            bytes: counter.map(|counter| counter.bytes),
             open_bytes: open.filter(|_| has_bytes).map(|open| open.bytes),
             open: open.map(|open| open.connections),
         }
@@ -288,31 +291,14 @@ impl Report for Status {
         if self.uplinks.is_empty() && self.in_step {
             return "no uplinks are configured, and no entries of ours are installed\n".to_owned();
         }
-        let (mut text, forwards) = (self.uplinks_text(style), self.forwards_text(style));
-        if !forwards.is_empty() {
-            text += &format!("\n{forwards}");
+        let mut text = self.table(style);
+        let problems = self.problems(style);
+        if !problems.is_empty() {
+            text += &format!("\n{problems}");
         }
-        for uplink in &self.uplinks {
-            let name = &uplink.name;
-            if let Some(trouble) = &uplink.trouble {
-                text += &format!("\n{}\n", style.paint(Tone::Bad, &format!("# {trouble}")));
-            }
-            if !uplink.closed.is_empty() {
-                let hosts = uplink.closed.join(", ");
-                let line =
-                    format!("# {name} is not up: its pinned hosts reach nothing outside: {hosts}");
-                text += &format!("\n{}\n", style.paint(Tone::Doubtful, &line));
-            }
-            for (what, lines) in [("extra", &uplink.extra), ("missing", &uplink.missing)] {
-                commands(&mut text, style, &format!("{name}: {what}"), lines);
-            }
-        }
-        let orphans = self.orphans.as_deref().unwrap_or_default();
-        commands(&mut text, style, "of no configured uplink", orphans);
-        if let Some(why) = &self.unlisted {
-            text += &format!("\n{}\n", style.paint(Tone::Bad, &format!("# {why}")));
-        } else if !self.in_step {
-            text += "# or all at once: mh-hook sync\n";
+        if !self.in_step {
+            let prefix = comment(style);
+            text += &format!("{prefix}see what is wrong: mh-hook check\n");
         }
         text
     }
@@ -322,89 +308,129 @@ impl Report for Status {
     }
 }
 
+/// What begins a line that is no command, where all of the text can be pasted into a shell.
+fn comment(style: Style) -> &'static str {
+    match style.detail {
+        Detail::Brief => "",
+        Detail::Full => "# ",
+    }
+}
+
 impl Status {
-    fn uplinks_text(&self, style: Style) -> String {
-        let titles = "uplink|link|address|up for|table|mark|marked|state";
-        let rows = self.uplinks.iter().map(|uplink| {
+    /// A line for each uplink, with its forwards below.
+    fn table(&self, style: Style) -> String {
+        let titles = "state|uplink|link|address|up for|table|mark|connections".split('|');
+        let mut rows = vec![titles.map(|it| style.paint(Tone::Strong, it)).collect()];
+        rows.extend(self.uplinks.iter().map(|uplink| {
             let mark = uplink.mark.map(|value| FwMark {
                 value,
                 mask: self.mask,
             });
-            [
+            let (word, tone) = self.word(uplink);
+            vec![
+                style.paint(tone, word),
                 uplink.name.clone(),
                 cell(uplink.interface.as_ref()),
                 cell(uplink.address),
-                uplink.up_for(style),
+                cell(uplink.up_seconds.map(duration)),
                 cell(uplink.table),
                 cell(mark),
                 cell(uplink.marked),
-                uplink.state(style),
             ]
-        });
-        table(style, titles, rows)
-    }
-
-    fn forwards_text(&self, style: Style) -> String {
-        let titles = "uplink|forward|from|to|connections|bytes|open|open bytes";
-        let forwards = self.uplinks.iter().flat_map(|uplink| {
-            let forwards = uplink.forwards.iter();
-            forwards.map(|forward| (uplink.name.clone(), forward))
-        });
-        let rows = forwards.map(|(uplink, forward)| {
-            [
-                uplink,
-                forward.service.clone(),
-                cell((!forward.from.is_empty()).then(|| forward.from.join(","))),
-                forward.to.clone(),
-                cell(forward.connections),
-                cell(forward.bytes),
-                cell(forward.open),
-                cell(forward.open_bytes),
-            ]
-        });
-        table(style, titles, rows)
-    }
-}
-
-impl UplinkStatus {
-    /// For how long the link has had its address, or why it has none.
-    fn up_for(&self, style: Style) -> String {
-        let why_not = match (self.link, self.up_seconds) {
-            (LinkState::Up, Some(seconds)) => return duration(seconds),
-            (LinkState::Up, None) => return cell::<u64>(None),
-            (LinkState::NoAddress, _) => "no address",
-            (LinkState::Refused, _) => "refused address",
-            (LinkState::Down, _) => "down",
-            (LinkState::Missing, _) => "no such link",
-            (LinkState::Unknown, _) => "unknown link",
-        };
-        style.paint(Tone::Doubtful, why_not)
-    }
-
-    fn state(&self, style: Style) -> String {
-        if self.in_step {
-            return match self.trouble {
-                Some(_) => style.paint(Tone::Bad, "not usable"),
-                None => style.paint(Tone::Good, "in step"),
-            };
+        }));
+        let forwards = self.uplinks.iter().flat_map(|it| &it.forwards);
+        let cells: Vec<Vec<String>> = forwards.map(ForwardStatus::cells).collect();
+        let (uplinks, forwards) = (align(&rows), align(&cells));
+        let mut forwards = forwards.lines();
+        let mut lines = uplinks.lines();
+        let mut text = format!("{}\n", lines.next().unwrap_or_default());
+        for (uplink, line) in self.uplinks.iter().zip(lines) {
+            text += &format!("{line}\n");
+            for line in forwards.by_ref().take(uplink.forwards.len()) {
+                text += &format!("  {line}\n");
+            }
         }
-        let text = match (self.drift.missing.len(), self.drift.extra.len()) {
-            (0, 0) => "not known".to_owned(),
-            (missing, extra) => format!("drifted: {missing} missing, {extra} extra"),
+        text
+    }
+
+    /// An uplink's state in a word.
+    fn word(&self, uplink: &UplinkStatus) -> (&'static str, Tone) {
+        let has_drifted = uplink.drift.summary(0).is_some();
+        match uplink.link {
+            _ if uplink.trouble.is_some() => ("refused", Tone::Bad),
+            _ if has_drifted => ("drifted", Tone::Bad),
+            _ if self.unlisted.is_some() => ("not known", Tone::Bad),
+            LinkState::Up => ("up", Tone::Good),
+            LinkState::NoAddress => ("no address", Tone::Doubtful),
+            LinkState::Refused => ("refused", Tone::Bad),
+            LinkState::Down => ("down", Tone::Doubtful),
+            LinkState::Missing => ("no link", Tone::Doubtful),
+            LinkState::Unknown => ("unknown", Tone::Doubtful),
+        }
+    }
+
+    /// What is wrong with each, a line each; with all details, the commands that bring it in step below.
+    fn problems(&self, style: Style) -> String {
+        let mut text = String::new();
+        let mut tell = |tone, line: String| {
+            let line = format!("{}{line}", comment(style));
+            text += &style.wrap(&style.paint(tone, &line), 2);
         };
-        style.paint(Tone::Bad, &text)
+        for uplink in &self.uplinks {
+            let name = &uplink.name;
+            if let Some(trouble) = &uplink.trouble {
+                tell(Tone::Bad, trouble.clone());
+            }
+            if uplink.link == LinkState::Unknown && !uplink.in_step {
+                let line = format!("{name}: nothing tells which link it uses");
+                tell(Tone::Doubtful, line);
+            }
+            if !uplink.closed.is_empty() {
+                let hosts = few(&uplink.closed);
+                let line =
+                    format!("{name} is not up: its pinned hosts reach nothing outside: {hosts}");
+                tell(Tone::Doubtful, line);
+            }
+            if let Some(drift) = uplink.drift.summary(uplink.entries) {
+                tell(Tone::Bad, format!("{name}: {drift}: mh-hook sync"));
+            }
+        }
+        let orphans = self.orphans.as_deref().unwrap_or_default();
+        if !orphans.is_empty() {
+            let line = "entries of no configured uplink: mh-hook sync";
+            tell(Tone::Bad, format!("{} {line}", orphans.len()));
+        }
+        if let Some(why) = &self.unlisted {
+            tell(Tone::Bad, why.clone());
+        }
+        if style.detail == Detail::Full {
+            for uplink in &self.uplinks {
+                let name = &uplink.name;
+                for (what, lines) in [("extra", &uplink.extra), ("missing", &uplink.missing)] {
+                    commands(&mut text, style, &format!("{name}: {what}"), lines);
+                }
+            }
+            commands(&mut text, style, "of no configured uplink", orphans);
+        }
+        text
     }
 }
 
-/// Rows below their titles; nothing without rows.
-fn table(style: Style, titles: &str, rows: impl Iterator<Item = [String; 8]>) -> String {
-    let titles = titles.split('|').map(|it| style.paint(Tone::Strong, it));
-    let mut lines = vec![titles.collect()];
-    lines.extend(rows.map(Vec::from));
-    if lines.len() > 1 {
-        align(&lines)
-    } else {
-        String::new()
+impl ForwardStatus {
+    /// `tcp/80`, `to 192.168.0.2`, `12 served`, `3 open`, `1.2 MB`, `from 192.0.2.0/24`
+    fn cells(&self) -> Vec<String> {
+        let served = self.connections.map(|number| format!("{number} served"));
+        let open = self.open.map(|number| format!("{number} open"));
+        let bytes = self.open_bytes.map(size);
+        let from = (!self.from.is_empty()).then(|| format!("from {}", few(&self.from)));
+        vec![
+            self.service.clone(),
+            format!("to {}", self.to),
+            served.unwrap_or_else(|| "not installed".into()),
+            open.unwrap_or_default(),
+            bytes.unwrap_or_default(),
+            from.unwrap_or_default(),
+        ]
     }
 }
 
@@ -418,7 +444,26 @@ fn commands(text: &mut String, style: Style, heading: &str, commands: &[String])
         return;
     }
     let heading = style.paint(Tone::Bad, &format!("# {heading}"));
-    *text += &format!("\n{heading}\n{}\n", commands.join("\n"));
+    *text += &format!("{heading}\n{}\n", commands.join("\n"));
+}
+
+/// `812 B`, `1.2 kB`, `34.5 MB`
+fn size(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["kB", "MB", "GB", "TB"];
+    if bytes < 1000 {
+        return format!("{bytes} B");
+    }
+    // In tenths of the unit.
+    let mut tenths = bytes / 100;
+    let mut units = UNITS.iter();
+    let mut unit = units.next().unwrap_or(&"kB");
+    for larger in units {
+        if tenths < 10_000 {
+            break;
+        }
+        (tenths, unit) = (tenths / 1000, larger);
+    }
+    format!("{}.{} {unit}", tenths / 10, tenths % 10)
 }
 
 /// `3 d 4 h`, `4 h 5 min`, `12 min`, `45 s`

@@ -54,7 +54,7 @@ for f in json.load(open(sys.argv[1]))["findings"]:
 # expect_found ID WEIGHT [TEXT THAT IT SAYS]
 expect_found() {
     local found status=0
-    found=$(findings 'f["severity"] + " " + f["what"] if f["id"] == "'"$1"'" else None')
+    found=$(findings 'f["severity"] + " " + " ".join([f["what"]] + f["entries"]) if f["id"] == "'"$1"'" else None')
     [[ $found == "$2 "*"${3-}"* ]] || fail "expected $1 ($2, '${3-}'), found '$found' among:"$'\n'"$(mh_hook check)"
     expect_schema check "$LAB_DIR/check.json"
     mh_hook check >"$LAB_DIR/check" || status=$?
@@ -320,6 +320,62 @@ EOF
     expect_all_well
 }
 
+# As the recipe is typed, in README and elsewhere.
+test_check_finds_a_recipe_made_by_hand() {
+    lab_etc
+    configure "$FORWARD_80"
+    on_router sh -e <<EOF
+/usr/sbin/iptables -t nat -A POSTROUTING -s 192.168.0.0/24 -o ppp1 -j MASQUERADE
+ip route add 0/0 dev ppp0 table 10
+ip rule add from $X table 10 pref 100
+/usr/sbin/iptables -A PREROUTING -t nat -p tcp -i ppp0 --dport 80 -j DNAT --to 192.168.0.2:80
+/usr/sbin/iptables -t mangle -A PREROUTING -j CONNMARK --restore-mark
+/usr/sbin/iptables -t mangle -A PREROUTING -i ppp0 -j MARK --set-mark 10
+/usr/sbin/iptables -t mangle -A PREROUTING -j CONNMARK --save-mark
+ip rule add iif eth1 fwmark 10 table 10 pref 99
+EOF
+    expect_forward_answered
+    expect_found by-hand error "8 entries are made by hand"
+    [[ $(head -n 1 "$LAB_DIR/check") == "error: 8 entries "* ]] || fail "the first line: $(cat "$LAB_DIR/check")"
+    if mh_hook sync; then fail "sync did not meet the typed route"; fi
+    expect_found by-hand error
+    mend by-hand
+    expect_not_found by-hand
+    expect_forward_answered
+    expect_answer "client 198.51.100.20" lanhost tcp 192.0.2.9 80
+    expect_all_well
+}
+
+test_check_exits_with_1_for_a_warning_where_it_is_strict() {
+    local status=0
+    up_and_checked
+    mh_hook check --strict >"$LAB_DIR/check" || fail "exit status $?"
+    on_router ip rule add priority 100 from 203.0.113.99 lookup 12 protocol 109
+    expect_found orphans warning
+    mh_hook check --strict >"$LAB_DIR/check" || status=$?
+    expect_equal "exit status" 1 "$status"
+    expect_equal "health" warning "$(field "$LAB_DIR/check.json" health)"
+}
+
+test_check_finds_addresses_that_nobody_outside_reaches() {
+    up_and_checked
+    lab_link_down ppp0
+    lab_link_up ppp0 100.70.1.2
+    mh_hook sync
+    expect_found address-not-public error 100.70.1.2
+    lab_link_down ppp0
+    lab_link_up ppp0 "$X"
+    mh_hook sync
+    expect_all_well
+}
+
+test_check_finds_a_default_route_by_the_servers_link() {
+    up_and_checked
+    on_router ip route replace default dev ppp0
+    expect_mended default-by-servers warning "not by isp1's ppp1"
+    expect_all_well
+}
+
 ## Routing
 
 test_check_finds_others_in_our_tables() {
@@ -557,7 +613,7 @@ test_check_finds_hooks_that_do_not_run() {
     mv "$hook" "$hook-of-mine"
     expect_all_well
     rm "$hook-of-mine"
-    expect_mended hook-missing warning /etc/ppp/ip-up.d
+    expect_mended hook-missing error /etc/ppp/ip-up.d
     [[ $(readlink "$hook") == */mh-hook ]] || fail "expected a link to mh-hook"
     rm "$hook"
     ln -s "$MH_HOOK" /etc/ppp/ip-up.d/any-name
@@ -565,7 +621,7 @@ test_check_finds_hooks_that_do_not_run() {
     rm /etc/ppp/ip-pre-up.d/0mh-hook
     expect_mended hook-missing info /etc/ppp/ip-pre-up.d
     echo '#!/bin/sh' >/etc/ppp/ip-down
-    expect_found hook-missing warning "does not run"
+    expect_found hook-missing error "does not run"
     printf '#!/bin/sh\nexec /usr/sbin/mh-hook event down "$@"\n' >/etc/ppp/ip-down
     expect_all_well
 }

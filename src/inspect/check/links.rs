@@ -119,8 +119,14 @@ fn link(view: &View, name: &UplinkName, uplink: &Uplink) -> Finding {
         return finding.fix(format!("pon {peer}"));
     }
     match interface.filter(|_| fault == Some(DOWN)) {
-        // pppd's links are dialled.
-        Some(interface) if interface.as_str().starts_with("ppp") => {
+        // pppd's links are dialled: ARPHRD_PPP (linux/if_arp.h).
+        Some(interface)
+            if view
+                .snapshot
+                .root
+                .read(format!("/sys/class/net/{interface}/type"))
+                .is_some_and(|kind| kind.trim() == "512") =>
+        {
             finding.fix("pon PEER: the file in /etc/ppp/peers that dials it")
         }
         Some(interface) => finding.fix(format!("ip link set {interface} up")),

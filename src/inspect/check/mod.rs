@@ -5,7 +5,7 @@ use anyhow::{Error, Result};
 use serde::Serialize;
 
 use crate::config::{Config, Errors, Uplink};
-use crate::inspect::report::{Detail, Report, Style, Tone};
+use crate::inspect::report::{Detail, Report, Style, Tone, few};
 use crate::inspect::snapshot::{Comparison, Snapshot};
 use crate::model::link::UplinkLink;
 use crate::model::names::UplinkName;
@@ -308,16 +308,6 @@ impl Report for Check {
 
 /// What brings our entries in step.
 const SYNC: &str = "mh-hook sync";
-
-/// The first three, for a sentence: `a, b, c and 7 more`.
-fn few<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
-    const FEW: usize = 3;
-    let all: Vec<String> = items.into_iter().map(|item| item.to_string()).collect();
-    match all.len().checked_sub(FEW) {
-        Some(more) if more > 0 => format!("{} and {more} more", all[..FEW].join(", ")),
-        _ => all.join(", "),
-    }
-}
 
 /// `1 entry`, `2 entries`.
 fn count(number: usize, one: &str, many: &str) -> String {
