@@ -10,6 +10,7 @@ use log::LevelFilter;
 use mh_hook::config;
 use mh_hook::inspect::check::Severity;
 use mh_hook::inspect::report::Form;
+use mh_hook::model::nearest::nearest;
 use mh_hook::reconcile::Mode;
 use mh_hook::reconcile::event::Direction;
 
@@ -19,8 +20,8 @@ mh-hook: multi-homing for a router with several PPPoE links
 Usage: mh-hook [OPTIONS] COMMAND
 
 Commands:
-  up [IFNAME]            bring the interface's uplink to its desired state
-  down [IFNAME]          remove that uplink's entries, and nothing else
+  up [IFNAME|UPLINK]     bring the interface's uplink to its desired state
+  down [IFNAME|UPLINK]   remove that uplink's entries, and nothing else
   sync                   bring every uplink to what its link's state asks for
   event pre-up|up|down ARGS...
                          what pppd's hooks call, with all of pppd's arguments
@@ -29,6 +30,7 @@ Commands:
   check                  what would keep this from working, and how to fix it
   explain CLIENT [PROTO/PORT]
                          where a request of this address goes, and its reply
+  help [COMMAND]         this, or the help of a command
 
 Without IFNAME, the interface is IFNAME of the environment. The address of the
 link is that of --local, else IPLOCAL of the environment, else the kernel's.
@@ -56,6 +58,130 @@ Exit status: 0 done, nothing to do, or not one of our interfaces; 1 the kernel
 could not be brought to the desired state, or status, check or explain found
 an error; 2 usage or configuration.
 ";
+
+/// The help of each command.
+const COMMANDS: [(&str, &str); 8] = [
+    (
+        "up",
+        "\
+Usage: mh-hook [OPTIONS] up [IFNAME|UPLINK]
+
+Brings the uplink of this interface to its desired state: its routing table,
+rules, marks and forwards. What is there already is left alone.
+
+  --local ADDR   the link's address, if it has several
+  --uplink NAME  the uplink, if nothing else tells which one it is
+  --dry-run      print the commands, change nothing
+
+  mh-hook up ppp0
+",
+    ),
+    (
+        "down",
+        "\
+Usage: mh-hook [OPTIONS] down [IFNAME|UPLINK]
+
+Removes the entries of this interface's uplink, and nothing else.
+
+  --dry-run      print the commands, change nothing
+
+  mh-hook down isp0
+",
+    ),
+    (
+        "sync",
+        "\
+Usage: mh-hook [OPTIONS] sync
+
+Brings every uplink to what its link's state asks for, and removes entries of
+uplinks that are configured no longer. One uplink in trouble does not keep the
+others from it: then the exit status is 1.
+
+  --dry-run      print the commands, change nothing
+",
+    ),
+    (
+        "event",
+        "\
+Usage: mh-hook [OPTIONS] event pre-up|up|down ARGS...
+
+What pppd's hooks call, with all arguments that pppd gives them. An interface
+that no uplink names is none of our business: exit status 0.
+
+  mh-hook event up \"$@\"
+",
+    ),
+    (
+        "status",
+        "\
+Usage: mh-hook [OPTIONS] status [UPLINK]
+
+Each uplink: its state, link and address, how many connections it has, and what
+its forwards have served. Exit status 1: entries are missing or extra.
+
+  -v             the commands for what is missing and extra
+  --json         for programs
+",
+    ),
+    (
+        "check",
+        "\
+Usage: mh-hook [OPTIONS] check
+
+The first command when something does not work: what keeps forwards from
+working, most important first, each with what fixes it. Exit status 1: errors.
+
+  --strict       exit status 1 for warnings, too
+  -v             each entry that is missing or extra
+  --json         for programs
+",
+    ),
+    (
+        "explain",
+        "\
+Usage: mh-hook [OPTIONS] explain CLIENT [PROTO/PORT]
+
+The way of one connection through this router, there and back, hop by hop, and
+whether it is answered. Exit status 1: it is not.
+
+  --to WHERE     the uplink or address that the client asks
+  --from-lan HOST
+                 this LAN host's own connection, to CLIENT
+  -v             each rule in full
+  --json         for programs
+
+  mh-hook explain 192.0.2.9 tcp/80
+  mh-hook explain --from-lan 192.168.0.3 192.0.2.9
+",
+    ),
+    ("help", HELP),
+];
+
+/// The help of a command; the general one without a command.
+/// Errors: there is no such command.
+fn help(command: Option<&OsString>) -> Result<&'static str> {
+    let Some(command) = command else {
+        return Ok(HELP);
+    };
+    let name = command.to_string_lossy();
+    let found = COMMANDS.iter().find(|(it, _)| *it == name);
+    found
+        .map(|(_, text)| *text)
+        .with_context(|| unknown(command))
+}
+
+/// `unknown command "stauts": did you mean status?`
+fn unknown(command: &OsString) -> String {
+    let names = COMMANDS.iter().map(|(name, _)| *name);
+    let meant = nearest(&command.to_string_lossy(), names);
+    let meant = meant.map(|name| format!(": did you mean {name}?"));
+    format!("unknown command {command:?}{}", meant.unwrap_or_default())
+}
+
+const OPTIONS: [&str; 12] = [
+    "config", "dry-run", "local", "uplink", "json", "strict", "to", "from-lan", "verbose", "quiet",
+    "help", "version",
+];
 
 const VERSION: &str = concat!("mh-hook ", env!("CARGO_PKG_VERSION"), "\n");
 
@@ -140,7 +266,7 @@ impl Arguments {
                 Arg::Short('v') | Arg::Long("verbose") => arguments.level = LevelFilter::Debug,
                 Arg::Short('q') | Arg::Long("quiet") => arguments.level = LevelFilter::Error,
                 Arg::Short('h') | Arg::Long("help") => {
-                    arguments.command = Command::Print(HELP);
+                    arguments.command = Command::Print(help(words.first())?);
                     return Ok(arguments);
                 }
                 Arg::Short('V') | Arg::Long("version") => {
@@ -153,7 +279,12 @@ impl Arguments {
                         words.extend(parser.raw_args()?);
                     }
                 }
-                Arg::Short(_) | Arg::Long(_) => return Err(arg.unexpected().into()),
+                Arg::Long(name) => {
+                    let meant = nearest(name, OPTIONS);
+                    let meant = meant.map(|meant| format!(": did you mean --{meant}?"));
+                    bail!("unknown option --{name}{}", meant.unwrap_or_default());
+                }
+                Arg::Short(_) => return Err(arg.unexpected().into()),
             }
         }
         arguments.command = Command::parse(words.into_iter(), &mut options)?;
@@ -195,7 +326,8 @@ impl Command {
                 };
                 Self::Inspect(explain, options.form())
             }
-            _ => bail!("unknown command {name:?}"),
+            Some("help") => Self::Print(help(words.next().as_ref())?),
+            _ => bail!(unknown(&name)),
         };
         match words.next() {
             Some(word) => bail!("unexpected argument {word:?}"),

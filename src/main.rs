@@ -59,8 +59,14 @@ fn main() -> ExitCode {
     let arguments = match Arguments::parse(env::args_os()) {
         Ok(arguments) => arguments,
         Err(error) => {
-            logger::init(LevelFilter::Info, false);
-            error!("{error:#}; see mh-hook --help");
+            let text = format!("{error:#}; see mh-hook --help");
+            // Nobody reads what a hook prints; a person's typing error is nobody else's business.
+            if env::args_os().any(|word| word == "event") {
+                logger::init(LevelFilter::Info, false);
+                error!("{text}");
+            } else {
+                output::complain(&text);
+            }
             return ExitCode::from(2);
         }
     };
@@ -178,6 +184,10 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
         session.begin_to_read()?;
     }
     let config = configuration(source, &request)?;
+    let request = match &config {
+        Some(config) => request.by_interface(config),
+        None => request,
+    };
     let mut is_ours = true;
     if let Some(config) = &config {
         is_ours = !request.named(config).map_err(Failure::Usage)?.is_empty();

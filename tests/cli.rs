@@ -57,8 +57,8 @@ fn help_names_every_command_and_option() {
     assert_eq!(output.status.code(), Some(0));
     let text = String::from_utf8(output.stdout).expect("UTF-8");
     for word in [
-        "up [IFNAME]",
-        "down [IFNAME]",
+        "up [IFNAME|UPLINK]",
+        "down [IFNAME|UPLINK]",
         "sync",
         "event pre-up|up|down",
         "--uplink NAME",
@@ -276,5 +276,48 @@ fn it_knows_by_the_folder_what_pppd_calls() {
             .args([first, "", "", "--local", "", "--version"])
             .output();
         expect(&output.expect("run"), 2, &[words]);
+    }
+}
+
+#[test]
+fn each_command_has_a_help_of_its_own_and_typing_errors_a_hint() {
+    for command in [
+        "up", "down", "sync", "event", "status", "check", "explain", "help",
+    ] {
+        for arguments in [&["help", command][..], &[command, "--help"]] {
+            let output = mh_hook().args(arguments).output().expect("it runs");
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "{arguments:?}");
+            let usage = match command {
+                "help" => "Usage: mh-hook [OPTIONS] COMMAND".to_owned(),
+                command => format!("Usage: mh-hook [OPTIONS] {command}"),
+            };
+            assert!(text.contains(&usage), "{arguments:?}: {text}");
+            let is_narrow = |line: &str| line.chars().count() <= 80;
+            assert!(text.lines().all(is_narrow), "{arguments:?}");
+        }
+    }
+    for (arguments, hint) in [
+        (
+            &["stauts"][..],
+            "unknown command \"stauts\": did you mean status?",
+        ),
+        (&["help", "exlpain"], "did you mean explain?"),
+        (
+            &["--dryrun", "sync"],
+            "unknown option --dryrun: did you mean --dry-run?",
+        ),
+        (&["--conifg", "x", "sync"], "did you mean --config?"),
+        (
+            &["restart"],
+            "unknown command \"restart\"; see mh-hook --help",
+        ),
+        (
+            &["--frobnicate"],
+            "unknown option --frobnicate; see mh-hook --help",
+        ),
+    ] {
+        let output = mh_hook().args(arguments).output().expect("it runs");
+        expect(&output, 2, &[hint]);
     }
 }

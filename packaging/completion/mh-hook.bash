@@ -31,9 +31,10 @@ _mh_hook() {
         *)
             case $word,${words[*]} in
                 -*) candidates=$options ;;
-                *,) candidates='up down sync event status check explain' ;;
+                *,) candidates='up down sync event status check explain help' ;;
                 *,status) candidates=$(_mh_hook_uplinks "$config") ;;
                 *,event) candidates='pre-up up down' ;;
+                *,help) candidates='up down sync event status check explain' ;;
                 *,up | *,down | *,event\ pre-up | *,event\ up | *,event\ down)
                     candidates=$(cd /sys/class/net 2>/dev/null && echo *)
                     ;;

@@ -41,6 +41,7 @@ complete -c mh-hook -n '__mh_hook_after ""' -a event -d "what pppd's hooks call"
 complete -c mh-hook -n '__mh_hook_after ""' -a status -d 'each uplink, what stands, what it has seen'
 complete -c mh-hook -n '__mh_hook_after ""' -a check -d 'what would keep this from working, and what mends it'
 complete -c mh-hook -n '__mh_hook_after ""' -a explain -d 'where a request goes, and its reply'
+complete -c mh-hook -n '__mh_hook_after ""' -a help -d 'the help of a command'
 complete -c mh-hook -n '__mh_hook_after status' -a '(__mh_hook_uplinks)'
 complete -c mh-hook -n '__mh_hook_after event' -a 'pre-up up down'
 complete -c mh-hook -n '__mh_hook_after up down "event pre-up" "event up" "event down"' -a '(__mh_hook_interfaces)'

@@ -28,6 +28,7 @@ _mh_hook() {
         "status:each uplink, what stands, what it has seen"
         "check:what would keep this from working, and what mends it"
         "explain:where a request goes, and its reply"
+        "help:the help of a command"
     )
     _arguments -C -s \
         '--config[the configuration]:file:_files' \
@@ -50,6 +51,7 @@ _mh_hook() {
         command-*) _describe command commands ;;
         second-(up|down) | third-event) _mh_hook_interfaces ;;
         second-status) _mh_hook_uplinks ;;
+        second-help) _describe command commands ;;
         second-event) _values direction pre-up up down ;;
     esac
 }

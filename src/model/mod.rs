@@ -3,6 +3,7 @@
 pub mod forward;
 pub mod link;
 pub mod names;
+pub mod nearest;
 pub mod netfilter;
 pub mod route;
 pub mod state;

@@ -19,7 +19,7 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
-use log::{Level, debug, log, log_enabled, warn};
+use log::{Level, debug, info, log, log_enabled, warn};
 
 use crate::config::Config;
 use crate::kernel::conntrack::{self, Flow, Tuple};
@@ -46,6 +46,7 @@ use crate::reconcile::ownership::{Claimant, Claimants, Owners, Scope};
 use crate::reconcile::request::{Request, Seen};
 use crate::reconcile::stale_flows::Judges;
 use crate::runtime::lock::Lock;
+use crate::runtime::log::NOTICE;
 use crate::runtime::output;
 use crate::runtime::privilege::drop_all_but_needed;
 
@@ -231,7 +232,10 @@ pub fn reconcile(
             steps,
             ..
         } = &plan;
-        let describe = || describe(request, links);
+        let not_done = || not_done(request, links);
+        if let Some(config) = config.filter(|_| round == 0) {
+            request.check_known(config, &plan.seen(&kernel.links))?;
+        }
         let doubt =
             config.and_then(|config| request.doubts(config, links, &plan.seen(&kernel.links)));
         if let Some(doubt) = doubt.filter(|_| round == 0) {
@@ -239,7 +243,7 @@ pub fn reconcile(
         }
         let unlisted = unlisted(config, &kernel.ruleset);
         if let Some(error) = unlisted.as_ref().filter(|_| plan.makes()) {
-            bail!("{}: {error}", describe());
+            bail!("{}: {error}", not_done());
         }
         if log_enabled!(Level::Debug) {
             tell_unchanged(desired, steps);
@@ -250,11 +254,11 @@ pub fn reconcile(
             return print(tools, config, &plan, other_backend.as_ref(), request);
         }
         if let Some(why) = misread(steps) {
-            bail!("{}: {why}", describe());
+            bail!("{}: {why}", not_done());
         }
         // The same steps would fail again.
         if failed.as_ref() == Some(steps) {
-            return Err(all(&total.errors, None)).with_context(describe);
+            return Err(all(&total.errors, None)).with_context(not_done);
         }
         if before.is_none() && stale_flows::leaves_some(steps) {
             before = Some(installed.clone());
@@ -289,7 +293,7 @@ pub fn reconcile(
                 total.removed += end(&stale(config, links, before, desired));
             }
             if let Some(error) = unlisted {
-                bail!("{}: {error}", describe());
+                bail!("{}: {error}", not_done());
             }
             summary(request, links, &total, started);
             let troubles: Vec<Error> = plan.troubles.into_values().collect();
@@ -495,6 +499,24 @@ fn describe(request: &Request, links: &UplinkLinks) -> String {
     each.collect::<Vec<_>>().join(", ")
 }
 
+/// `isp0 is NOT up on ppp0 203.0.113.10`
+fn not_done(request: &Request, links: &UplinkLinks) -> String {
+    if links.is_empty() {
+        return format!("{request}: NOT all entries are removed");
+    }
+    let each = links
+        .iter()
+        .map(|(name, link)| match (link, request.interface()) {
+            (Some(link), _) => format!("{name} is NOT up on {} {}", link.interface, link.address),
+            (None, Some(interface)) => format!("{name} is NOT down on {interface}"),
+            (None, None) => format!("{name} is NOT down"),
+        });
+    match request {
+        Request::Sync => "sync is NOT complete".into(),
+        _ => each.collect::<Vec<_>>().join(", "),
+    }
+}
+
 /// `isp0 up on ppp0 203.0.113.10: 9 added, 0 removed, 6 ms`
 fn summary(request: &Request, links: &UplinkLinks, outcome: &Outcome, started: Instant) {
     let Outcome { added, removed, .. } = outcome;
@@ -503,7 +525,11 @@ fn summary(request: &Request, links: &UplinkLinks, outcome: &Outcome, started: I
         describe(request, links),
         started.elapsed().as_millis()
     );
-    let quiet = links.is_empty() && added + removed == 0;
-    let level = if quiet { Level::Debug } else { Level::Info };
-    log::log!(level, "{text}");
+    let changed = added + removed > 0;
+    match request {
+        _ if changed => info!(target: NOTICE, "{text}"),
+        // A person asked.
+        Request::Up { .. } | Request::Down { .. } if !links.is_empty() => info!("{text}"),
+        _ => debug!("{text}"),
+    }
 }

@@ -11,6 +11,7 @@ use crate::config::{Config, Identity, Uplink};
 use crate::kernel::link::Links;
 use crate::model::link::{LinkState, Troubles, UplinkLink, UplinkLinks, check_local};
 use crate::model::names::{IfName, UplinkName};
+use crate::model::nearest::nearest;
 use crate::model::state::State;
 use crate::reconcile::desired::Pins;
 use crate::reconcile::event::{Direction, Event};
@@ -136,6 +137,85 @@ impl Request {
             named.extend(names.find(|name| name.to_string() == interface.as_str()));
         }
         Ok(named)
+    }
+
+    /// The same request with the interface in place of the uplink's name that a person gave. An interface comes first.
+    pub fn by_interface(self, config: &Config) -> Self {
+        let own = |word: &IfName| {
+            let mut uplinks = config.uplinks.iter();
+            let is_at =
+                |(_, it): &(&UplinkName, &Uplink)| it.identity.interface.as_ref() == Some(word);
+            if uplinks.clone().any(|it| is_at(&it)) {
+                return None;
+            }
+            let (name, uplink) = uplinks.find(|(name, _)| name.to_string() == word.as_str())?;
+            Some((name.clone(), uplink.identity.interface.clone()?))
+        };
+        match self {
+            Self::Up {
+                interface,
+                uplink: None,
+                local,
+            } => {
+                let (uplink, interface) = match own(&interface) {
+                    Some((name, own)) => (Some(name), own),
+                    None => (None, interface),
+                };
+                Self::Up {
+                    interface,
+                    uplink,
+                    local,
+                }
+            }
+            Self::Down { interface } => {
+                let interface = own(&interface).map_or(interface, |(_, own)| own);
+                Self::Down { interface }
+            }
+            other => other,
+        }
+    }
+
+    /// Errors: a person names what is neither an uplink nor may be the interface of one, and no entry of ours names it.
+    pub fn check_known(&self, config: &Config, seen: &Seen) -> Result<()> {
+        let (Self::Up {
+            interface,
+            uplink: None,
+            ..
+        }
+        | Self::Down { interface }) = self
+        else {
+            return Ok(());
+        };
+        let may_be_one = |uplink: &Uplink| may_be(&uplink.identity, interface);
+        if !self.named(config)?.is_empty()
+            || config.uplinks.values().any(may_be_one)
+            || !seen.owners.bound_to(interface).is_empty()
+        {
+            return Ok(());
+        }
+        let uplinks = config.uplinks.iter().map(|(name, uplink)| {
+            let own = uplink.identity.interface.as_ref();
+            (
+                name.to_string(),
+                own.map(ToString::to_string).unwrap_or_default(),
+            )
+        });
+        let uplinks: Vec<(String, String)> = uplinks.collect();
+        let words = uplinks.iter().flat_map(|(name, own)| [&name[..], &own[..]]);
+        let meant = nearest(interface.as_str(), words.filter(|word| !word.is_empty()));
+        let meant = meant.map(|meant| format!("; did you mean {meant}?"));
+        let all: Vec<String> = uplinks
+            .iter()
+            .map(|(name, own)| format!("{name} ({own})"))
+            .collect();
+        let there = match &all[..] {
+            [] => "there are no uplinks in the configuration".to_owned(),
+            all => format!("there are {}", all.join(", ")),
+        };
+        bail!(Refused(format!(
+            "{interface} is neither an uplink nor the interface of one: {there}{}",
+            meant.unwrap_or_default()
+        )))
     }
 
     /// The present links of the uplinks in question. None if there is nothing to do: without a configuration entries are only

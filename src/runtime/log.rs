@@ -13,6 +13,9 @@ use syslog::{Facility, LogFormat, Logger, LoggerBackend, Severity};
 /// The socket of the local syslog daemon (syslog(3), `_PATH_LOG`).
 const SOCKET: &str = "/dev/log";
 
+/// The target of the messages at level info that are notices to syslog: one for each event that changed something.
+pub const NOTICE: &str = "notice";
+
 /// How long a message may wait for a syslog daemon that does not read.
 const TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -83,6 +86,7 @@ impl Log for Sinks {
         let write = |syslog: &mut Syslog| match record.level() {
             Level::Error => syslog.err(line.as_str()),
             Level::Warn => syslog.warning(line.as_str()),
+            Level::Info if record.target() == NOTICE => syslog.notice(line.as_str()),
             Level::Info => syslog.info(line.as_str()),
             Level::Debug | Level::Trace => syslog.debug(line.as_str()),
         };

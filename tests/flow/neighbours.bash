@@ -171,5 +171,5 @@ $FORWARD_80"
     expect_forward_answered 198.51.100.20
     mh_hook status >"$LAB_DIR/status"
     grep -q '^isp0 .*refused address' "$LAB_DIR/status" || fail "$(cat "$LAB_DIR/status")"
-    grep -q '^up +isp1 ' "$LAB_DIR/status" || fail "$(cat "$LAB_DIR/status")"
+    grep -qE '^up +isp1 ' "$LAB_DIR/status" || fail "$(cat "$LAB_DIR/status")"
 }

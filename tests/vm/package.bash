@@ -132,7 +132,7 @@ test_the_package_installed_before_the_first_dial_leaves_what_was_there_before() 
     dpkg_install first
     package_configure
     dial isp0 isp1
-    expect_log daemon.info 'mh-hook.*: isp0 up on ppp0 203\.0\.113\.10: [1-9]'
+    expect_log daemon.notice 'mh-hook.*: isp0 up on ppp0 203\.0\.113\.10: [1-9]'
     expect_source_rule "$X"
     expect_forward_answered
     isp_zero

@@ -27,8 +27,8 @@ test_with_pre_up_no_packet_is_ahead_of_the_entries() {
     load "$Y"
     isp_zero
     dial isp0
-    expect_log daemon.info 'mh-hook.*: isp0 about to be up on ppp0 203\.0\.113\.10: [1-9]'
-    expect_log daemon.info 'mh-hook.*: isp0 up on ppp0 203\.0\.113\.10: [1-9]'
+    expect_log daemon.notice 'mh-hook.*: isp0 about to be up on ppp0 203\.0\.113\.10: [1-9]'
+    expect_log daemon.notice 'mh-hook.*: isp0 up on ppp0 203\.0\.113\.10: [1-9]'
     expect_flows_forwarded "$X"
     isp_offer isp0 "$Y"
     wait_event "up isp0 $Y"
