@@ -100,7 +100,10 @@ fn main() -> ExitCode {
 /// Logs the error; each problem of a configuration on a line of its own.
 fn report(error: &Error) {
     match error.downcast_ref::<config::Errors>() {
-        Some(errors) => errors.lines().for_each(|line| error!("{line}")),
+        Some(errors) => errors.lines().for_each(|(line, snippet)| {
+            error!("{line}");
+            output::show(snippet);
+        }),
         None => error!("{error:#}"),
     }
 }

@@ -321,3 +321,22 @@ fn each_command_has_a_help_of_its_own_and_typing_errors_a_hint() {
         expect(&output, 2, &[hint]);
     }
 }
+
+#[test]
+fn a_mistake_is_shown_with_its_line_and_told_in_one() {
+    let folder = Folder::new("snippet");
+    let text = "[lan]\ninterfaces = [\"eth1\"]\nnetworks = [\"192.168.0.0/24\"]\n\n[uplink.isp0]\ninterfce = \"ppp0\"\n";
+    let config = folder.file("mistake.toml", text);
+    let output = mh_hook()
+        .args(["sync", "--config"])
+        .arg(&config)
+        .output()
+        .expect("it runs");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    expect(&output, 2, &[]);
+    let expected = format!(
+        "mh-hook: {}:6:1: unknown key \"interfce\" in [uplink]; did you mean interface?\n    6 | interfce = \"ppp0\"\n      | ^^^^^^^^\n",
+        config.display()
+    );
+    assert_eq!(stderr, expected);
+}

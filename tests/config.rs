@@ -46,6 +46,49 @@ fn every_file_has_the_errors_that_are_written() {
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }
 
+/// Each mistake that a person makes, with the whole output: `tests/config/mistakes/NAME.toml` and `NAME.out`.
+#[test]
+fn every_mistake_is_told_as_it_is_written() {
+    let write = std::env::var_os("CONFIG_WRITE").is_some();
+    let mut failures = Vec::new();
+    let mut count = 0;
+    let mut files: Vec<_> = fs::read_dir("tests/config/mistakes")
+        .expect("tests/config/mistakes")
+        .map(|entry| entry.expect("an entry").path())
+        .collect();
+    files.sort();
+    files.retain(|path| path.extension().is_some_and(|it| it == "toml"));
+    for case in files {
+        count += 1;
+        let text = fs::read_to_string(&case).expect("the configuration");
+        let Err(problems) = Config::parse(&text) else {
+            failures.push(format!("--- {}: no mistake is found", case.display()));
+            continue;
+        };
+        let found: String = problems
+            .iter()
+            .map(|problem| {
+                let (line, column) = place(&text, problem.at);
+                let snippet = problem.snippet(&text);
+                format!("{line}:{column}: {}\n{snippet}", problem.message)
+            })
+            .collect();
+        let is_narrow = |line: &str| !line.contains(" | ") || line.chars().count() <= 80;
+        assert!(found.lines().all(is_narrow), "{}: {found}", case.display());
+        let path = case.with_extension("out");
+        if write {
+            fs::write(&path, &found).expect("write the output");
+        }
+        let expected = fs::read_to_string(&path).expect("the output");
+        if expected != found {
+            let case = case.display();
+            failures.push(format!("--- {case}: expected\n{expected}found\n{found}"));
+        }
+    }
+    assert!(count >= 54, "only {count} mistakes");
+    assert!(failures.is_empty(), "\n{}", failures.join("\n"));
+}
+
 #[test]
 fn defaults_are_those_of_the_manual() {
     let text = "[lan]\ninterfaces = ['eth1']\nnetworks = ['10.0.0.0/8']\n[uplink.a]\ninterface = 'ppp0'\ntable = 10";

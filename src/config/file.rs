@@ -31,12 +31,10 @@ pub fn read(path: &Path) -> Result<String> {
         .with_context(|| format!("folder {}", dir_path.display()))?;
     // O_NONBLOCK: opening a fifo must not wait for a writer.
     let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    let file = openat(&dir, name, flags, Mode::empty()).map_err(|errno| {
-        anyhow!(errno).context(match errno {
-            Errno::ENOENT => "there is no such file; write one, see mh-hook.toml(5)",
-            Errno::ELOOP => "is a symbolic link; give the file itself",
-            _ => "open",
-        })
+    let file = openat(&dir, name, flags, Mode::empty()).map_err(|errno| match errno {
+        Errno::ENOENT => anyhow!("there is no such file; write one, see mh-hook.toml(5)"),
+        Errno::ELOOP => anyhow!("is a symbolic link; give the file itself"),
+        _ => anyhow!(errno).context("open"),
     })?;
     check_trusted(&file, SFlag::S_IFREG)?;
     let mut bytes = Vec::new();
@@ -45,11 +43,22 @@ pub fn read(path: &Path) -> Result<String> {
         .read_to_end(&mut bytes)
         .context("read")?;
     ensure!(bytes.len() <= MAX_SIZE, "is larger than {MAX_SIZE} bytes");
-    String::from_utf8(bytes).map_err(|error| {
+    ensure!(
+        !bytes.starts_with(&[0xff, 0xfe]) && !bytes.starts_with(&[0xfe, 0xff]),
+        "is UTF-16: save the file as UTF-8"
+    );
+    let text = String::from_utf8(bytes).map_err(|error| {
         let valid = error.utf8_error().valid_up_to();
         let before = String::from_utf8_lossy(&error.as_bytes()[..valid]);
         let (line, column) = place(&before, valid);
-        anyhow!("line {line}, column {column}: is not UTF-8")
+        anyhow!(
+            "line {line}, column {column}: is not UTF-8 but perhaps Shift_JIS, EUC-JP or Latin-1: save the file as UTF-8"
+        )
+    })?;
+    // Some editors begin a file with a byte order mark.
+    Ok(match text.strip_prefix('\u{feff}') {
+        Some(rest) => rest.to_owned(),
+        None => text,
     })
 }
 

@@ -3,6 +3,7 @@
 mod error;
 mod file;
 mod parse;
+mod syntax;
 mod values;
 
 use std::collections::BTreeMap;
@@ -100,7 +101,7 @@ impl<'a> Source<'a> {
     /// Errors: it has problems: [`Errors`].
     pub fn parse(&self) -> Result<Config> {
         let Self { path, text } = self;
-        Config::parse(text).map_err(|problems| Errors::new(path, text, problems).into())
+        Config::parse(text).map_err(|problems| Errors::new(path, text, &problems).into())
     }
 }
 

@@ -11,10 +11,12 @@ use ipnetwork::Ipv4Network;
 use toml_spanner::{Arena, Array, Item, Key, Span, Table, parse_recoverable};
 
 use super::error::Problem;
+use super::syntax;
 use super::values::{address_or_prefix, host, integer, ports, prefix, printable, protocol, target};
 use super::{Config, Identity, Lan, Priority, Routing, Uplink};
 use crate::model::forward::{Forward, Protocol, overlapping};
 use crate::model::names::{IfName, UplinkName};
+use crate::model::nearest::nearest;
 use crate::model::route::{FwMark, TableId};
 
 /// How many problems are reported.
@@ -51,7 +53,7 @@ fn reported(
     let line = |problem: &Problem| starts.partition_point(|at| *at < problem.at);
     let mut broken = BTreeMap::new();
     for error in syntax {
-        let problem = Problem::new(error.span(), error.message(text));
+        let problem = syntax::problem(text, error.span().range(), error.message(text));
         broken.entry(line(&problem)).or_insert(problem);
     }
     problems.retain(|problem| !broken.contains_key(&line(problem)));
@@ -59,7 +61,7 @@ fn reported(
     problems.sort_by_key(|problem| problem.at);
     let others = problems.len().saturating_sub(MAX_PROBLEMS + 1);
     problems.truncate(MAX_PROBLEMS + 1);
-    if let Some(last) = problems.get_mut(MAX_PROBLEMS) {
+    if let Some(last) = problems.get_mut(MAX_PROBLEMS).filter(|_| others > 0) {
         last.message += &format!("; and {others} more problems");
     }
     problems
@@ -137,16 +139,20 @@ impl Reader {
         self.take(value.span(), parse(value))
     }
 
-    /// Adds a problem for each key that is not in the list.
-    fn check_keys(&mut self, table: &Table, (place, keys): Keys) {
+    /// Adds a problem for each key that is not in the list. Returns the keys that were meant: they are not missing.
+    fn check_keys(&mut self, table: &Table, (place, keys): Keys) -> Vec<&'static str> {
         let unknown = table.iter().filter(|(key, _)| !keys.contains(&key.name));
+        let mut all_meant = Vec::new();
         for (Key { name, span }, _) in unknown {
-            let known = keys.join(", ");
-            self.problem(
-                *span,
-                format!("unknown key {name:?} in {place}; its keys are {known}"),
-            );
+            let meant = nearest(name, keys.iter().copied());
+            let hint = match meant {
+                Some(meant) => format!("did you mean {meant}?"),
+                None => format!("its keys are {}", keys.join(", ")),
+            };
+            all_meant.extend(meant);
+            self.problem(*span, format!("unknown key {name:?} in {place}; {hint}"));
         }
+        all_meant
     }
 
     fn table<'a>(&mut self, root: &'a Table<'a>, key: &str) -> Option<&'a Table<'a>> {
@@ -155,21 +161,23 @@ impl Reader {
     }
 
     fn config(&mut self, root: &Table) -> Config {
-        if !self.is_broken {
-            self.check_keys(root, FILE);
-        }
+        let meant = match self.is_broken {
+            true => Vec::new(),
+            false => self.check_keys(root, FILE),
+        };
         let empty = Table::new();
         let [lan, mark, priority] =
             [("lan", LAN), ("mark", MARK), ("priority", PRIORITY)].map(|(key, keys)| {
                 let table = self.table(root, key).unwrap_or(&empty);
-                self.check_keys(table, keys);
-                table
+                let meant = self.check_keys(table, keys);
+                (table, meant)
             });
+        let ((lan, meant_in_lan), (mark, _), (priority, _)) = (lan, mark, priority);
         let mask = self.integer(mark, "mask", MARKS).unwrap_or(0xff);
         let priority = self.priority(priority);
         let uplinks = self.table(root, "uplink").unwrap_or(&empty);
-        if !uplinks.is_empty() {
-            self.require_lan(root, lan);
+        if !uplinks.is_empty() && !meant.contains(&"lan") {
+            self.require_lan(root, lan, &meant_in_lan);
         }
         let what = "interfaces is a list of interface names: [\"eth1\"]";
         let interfaces = self.list(lan, "interfaces", what, IfName::parse);
@@ -191,10 +199,11 @@ impl Reader {
     }
 
     /// Adds a problem for each key of the LAN that is missing.
-    fn require_lan(&mut self, root: &Table, lan: &Table) {
+    fn require_lan(&mut self, root: &Table, lan: &Table, meant: &[&str]) {
         let place = root.get_key_value("lan");
         let place = place.map_or(Span::default(), |(key, _)| key.span);
-        for key in LAN.1.iter().filter(|key| !lan.contains_key(key)) {
+        let is_missing = |key: &&&str| !lan.contains_key(key) && !meant.contains(*key);
+        for key in LAN.1.iter().filter(is_missing) {
             let what = format!("key {key} in [lan]: required once there is an uplink");
             self.missing(place, &what);
         }
@@ -252,11 +261,11 @@ impl Reader {
     }
 
     fn uplink(&mut self, name: &Key, table: &Table, mask: u32) -> Uplink {
-        self.check_keys(table, UPLINK);
+        let meant = self.check_keys(table, UPLINK);
         let what = "pin is a list of LAN sources: [\"192.168.0.2\"]";
         Uplink {
-            identity: self.identity(name, table),
-            routing: self.routing(name, table, mask),
+            identity: self.identity(name, table, &meant),
+            routing: self.routing(name, table, mask, &meant),
             masquerade: self.boolean(table, "masquerade", true),
             hairpin: self.boolean(table, "hairpin", true),
             clamp_mss: self.boolean(table, "clamp-mss", true),
@@ -267,9 +276,9 @@ impl Reader {
     }
 
     /// The routing table and mark. None if the table is not given, which is a problem if another key needs it.
-    fn routing(&mut self, name: &Key, table: &Table, mask: u32) -> Option<Routing> {
+    fn routing(&mut self, name: &Key, table: &Table, mask: u32, meant: &[&str]) -> Option<Routing> {
         let id = self.table_id(table);
-        if !table.contains_key("table") {
+        if !table.contains_key("table") && !meant.contains(&"table") {
             let needs = ["forward", "mark", "pin"];
             for (key, _) in needs.iter().filter_map(|key| table.get_key_value(key)) {
                 let what = format!(
@@ -294,7 +303,7 @@ impl Reader {
         Some(Routing { table: id?, mark })
     }
 
-    fn identity(&mut self, name: &Key, table: &Table) -> Identity {
+    fn identity(&mut self, name: &Key, table: &Table, meant: &[&str]) -> Identity {
         let mut text = |key| self.value(table, key, |value| printable(value, key));
         let (ipparam, linkname, peer) = (text("ipparam"), text("linkname"), text("peer"));
         let interface = self.value(table, "interface", |value| {
@@ -302,7 +311,10 @@ impl Reader {
             text.and_then(IfName::parse)
         });
         let keys = ["interface", "ipparam", "linkname", "peer", "address"];
-        if !keys.iter().any(|key| table.contains_key(key)) {
+        if !keys
+            .iter()
+            .any(|key| table.contains_key(key) || meant.contains(key))
+        {
             let what = format!(
                 "interface in [uplink.{}]: say which link this is by interface, ipparam, linkname, peer or address: \
                  interface = \"ppp0\"",
@@ -353,7 +365,7 @@ impl Reader {
 
     /// The forwards that a table stands for: one for each range of ports.
     fn forward(&mut self, item: &Item, table: &Table) -> Option<Vec<Forward>> {
-        self.check_keys(table, FORWARD);
+        let meant = self.check_keys(table, FORWARD);
         let protocols = match table.get("proto") {
             None => Some(Cow::Borrowed(&[Protocol::Tcp][..])),
             Some(value) => self.protocols(value).map(Cow::Owned),
@@ -363,7 +375,7 @@ impl Reader {
             None => Some(Vec::new()),
         };
         let to = self.value(table, "to", target);
-        if !table.contains_key("to") {
+        if !table.contains_key("to") && !meant.contains(&"to") {
             self.missing(item.span(), "to: the LAN host: to = \"192.168.0.2\"");
         }
         let what = "from is a list of source prefixes: [\"198.51.100.0/24\"]";
@@ -451,7 +463,12 @@ impl Reader {
 
     /// The items of a list. Empty if the key is missing.
     fn items<'a>(&mut self, table: &'a Table<'a>, key: &str, what: &'static str) -> &'a [Item<'a>] {
-        let list = self.value(table, key, |value| value.as_array().context(what));
+        let list = self.value(table, key, |value| {
+            value.as_array().with_context(|| match value.as_str() {
+                Some(text) => format!("{key} is a list, in brackets: {key} = [{text:?}]"),
+                None => what.to_owned(),
+            })
+        });
         list.map_or(&[], Array::as_slice)
     }
 
@@ -477,7 +494,13 @@ impl Reader {
     }
 
     fn boolean(&mut self, table: &Table, key: &str, default: bool) -> bool {
-        let what = || format!("{key} is true or false");
+        let what = || match table.get(key).and_then(Item::as_str) {
+            Some("true" | "yes" | "on") => format!("{key} is true or false, without quotes: true"),
+            Some("false" | "no" | "off") => {
+                format!("{key} is true or false, without quotes: false")
+            }
+            _ => format!("{key} is true or false"),
+        };
         let value = self.value(table, key, |value| value.as_bool().with_context(what));
         value.unwrap_or(default)
     }

@@ -1,9 +1,9 @@
 //! Parses single values of the configuration. An error says what is right.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use ipnetwork::Ipv4Network;
 use toml_spanner::{Item, Value};
 
@@ -16,7 +16,10 @@ pub fn integer(value: &Item, key: &str, range: RangeInclusive<u32>) -> Result<u3
     let (first, last) = (range.start(), range.end());
     number
         .filter(|number| range.contains(number))
-        .with_context(|| format!("{key} is a whole number from {first} to {last}"))
+        .with_context(|| match value.as_str().map(str::parse::<u32>) {
+            Some(Ok(number)) => format!("{key} is a number, without quotes: {number}"),
+            _ => format!("{key} is a whole number from {first} to {last}"),
+        })
 }
 
 /// Parses a text that names a link to pppd.
@@ -35,6 +38,20 @@ pub fn protocol(value: &Item) -> Result<Protocol> {
         text != "any",
         "\"any\" can't be in a list; write proto = \"any\""
     );
+    let parts: Vec<&str> = text
+        .split(['/', '+', ',', ' '])
+        .filter(|part| !part.is_empty())
+        .collect();
+    let parts: Vec<String> = parts.iter().map(|part| part.to_lowercase()).collect();
+    if Protocol::parse(text).is_none()
+        && !parts.is_empty()
+        && parts.iter().all(|part| Protocol::parse(part).is_some())
+    {
+        match &parts[..] {
+            [one] => bail!("in small letters: proto = {one:?}"),
+            several => bail!("several are a list: proto = {several:?}"),
+        }
+    }
     Protocol::parse(text).context(
         "proto is \"tcp\", \"udp\", \"sctp\", \"gre\", \"esp\" or \"icmp\", a list of these, or \"any\"",
     )
@@ -42,6 +59,11 @@ pub fn protocol(value: &Item) -> Result<Protocol> {
 
 /// Parses a prefix. Unlike ipnetwork's parser, it requires the length and refuses host bits.
 pub fn prefix(text: &str) -> Result<Ipv4Network> {
+    let bare = text.split('/').next().unwrap_or_default();
+    ensure!(
+        bare.parse::<Ipv6Addr>().is_err(),
+        "{text:?} is an IPv6 prefix: only IPv4 is served here"
+    );
     let network: Ipv4Network = text
         .parse()
         .ok()
@@ -101,9 +123,31 @@ fn port_range(value: &Item) -> Result<PortRange> {
             (port, port)
         }
     };
-    let (first, last) = first.zip(last).context(what)?;
+    let (first, last) = first
+        .zip(last)
+        .with_context(|| better_ports(value).unwrap_or(what.into()))?;
     ensure!(first <= last, "the range ends before it begins: {what}");
     Ok(PortRange { first, last })
+}
+
+/// How ports are written that are not written so.
+fn better_ports(value: &Item) -> Option<String> {
+    let text = value.as_str()?;
+    let are_numbers = |separator| {
+        text.split(separator)
+            .all(|it: &str| it.trim().parse::<u16>().is_ok())
+    };
+    if text.contains(':') && are_numbers(':') {
+        return Some(format!(
+            "a range has a hyphen: \"{}\"",
+            text.replace(':', "-")
+        ));
+    }
+    if text.contains(',') && are_numbers(',') {
+        let list: Vec<&str> = text.split(',').map(str::trim).collect();
+        return Some(format!("several ports are a list: [{}]", list.join(", ")));
+    }
+    None
 }
 
 /// Parses a LAN host's address, with a port or without; or a port alone, of this router's own.
@@ -111,16 +155,32 @@ fn port_range(value: &Item) -> Result<PortRange> {
 pub fn target(value: &Item) -> Result<(Option<Ipv4Addr>, Option<u16>)> {
     let what = "to is a LAN host's address, or address:port: \"192.168.0.2:22\"; or a port of this router's own: \":8443\"";
     let text = value.as_str().context(what)?;
+    let bare = text
+        .trim_start_matches('[')
+        .split(']')
+        .next()
+        .unwrap_or_default();
+    ensure!(
+        bare.parse::<Ipv6Addr>().is_err(),
+        "{text:?} is an IPv6 address: forwards lead to IPv4 hosts, whose address is translated"
+    );
+    let is_number = |port: &&str| port.bytes().all(|byte| byte.is_ascii_digit());
+    let number = |port: &str| Some(port).filter(is_number)?.parse().ok();
     let (address, port) = match text.split_once(':') {
         Some((address, port)) => (
             address,
-            Some(port.parse().ok().filter(|port| *port > 0).context(what)?),
+            Some(number(port).filter(|port| *port > 0).context(what)?),
         ),
         None => (text, None),
     };
     if address.is_empty() && port.is_some() {
         return Ok((None, port));
     }
+    let is_name = address.chars().any(|c| c.is_alphabetic());
+    ensure!(
+        !is_name,
+        "{address:?} is a name: give the address, since no name can be looked up while a link comes up"
+    );
     let host = host(address).map_err(|error| anyhow!("{error}: {what}"))?;
     Ok((Some(host), port))
 }

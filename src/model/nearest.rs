@@ -5,7 +5,9 @@ pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
     let distances = known.into_iter().map(|it| (distance(word, it), it));
     // A third of the letters may differ.
     let near = distances.filter(|(distance, it)| *distance <= it.chars().count().max(3) / 3);
-    near.min().map(|(_, it)| it)
+    // What was begun is rather meant than what is spelt otherwise.
+    let nearest = near.min_by_key(|(distance, it)| (*distance, !it.starts_with(word)));
+    nearest.map(|(_, it)| it)
 }
 
 /// How many letters must be added, left out, exchanged or swapped with the next to make one word of the other: the optimal

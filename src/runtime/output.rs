@@ -16,3 +16,8 @@ pub fn print(text: &str) -> io::Result<()> {
 pub fn complain(text: &str) {
     let _ = writeln!(stderr(), "mh-hook: {}", printable(text));
 }
+
+/// Prints text of several lines on stderr, as it is.
+pub fn show(text: &str) {
+    let _ = stderr().write_all(text.as_bytes());
+}

@@ -250,7 +250,7 @@ fn configured(view: &View) -> Result<Vec<Finding>> {
 /// Each problem of the configuration is a finding.
 fn configuration(error: &Error) -> Vec<Finding> {
     let lines: Vec<String> = match error.downcast_ref::<Errors>() {
-        Some(errors) => errors.lines().collect(),
+        Some(errors) => errors.lines().map(|(line, _)| line.to_owned()).collect(),
         None => vec![format!("{error:#}")],
     };
     let findings = lines
