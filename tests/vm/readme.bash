@@ -108,7 +108,7 @@ follow() {
 
     # How to see that it works
     paste 5
-    expect_pasted "in step" "isp0 up on ppp0 $X: " "# nothing to change" "from $X lookup 10" "default dev ppp0" "-A mh-isp0"
+    expect_pasted "up     isp0" "isp0 up on ppp0 $X: " "# nothing to change" "from $X lookup 10" "default dev ppp0" "-A mh-isp0"
     hang_up isp0 isp1
     expect_equal "kernel while no link is up" "$before" "$(lab_dump)"
     "$2"

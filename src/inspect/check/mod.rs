@@ -269,11 +269,14 @@ impl Report for Check {
                 routes,
                 iptables_rules,
             } = self.looked_at;
-            return format!(
-                "{}: {uplinks} uplinks, {forwards} forwards, {route_rules} routing rules, {routes} routes, \
-                 {iptables_rules} iptables rules, kernel parameters and files\n",
-                style.paint(Tone::Good, "nothing found")
+            let line = format!(
+                "{}: {}, {}, {route_rules} routing rules, {routes} routes, {iptables_rules} iptables rules, \
+                 kernel parameters and files",
+                style.paint(Tone::Good, "nothing found"),
+                count(uplinks, "uplink", "uplinks"),
+                count(forwards, "forward", "forwards"),
             );
+            return style.wrap(&line, 2);
         }
         let mut text = String::new();
         for finding in &self.findings {

@@ -40,8 +40,12 @@ impl Trace<'_> {
         let Some(state) = state.filter(|_| output.status.success()) else {
             return Ok(());
         };
-        self.hop("host", format!("{next} on {dev}: {state}"), None);
-        if matches!(state, "FAILED" | "INCOMPLETE") {
+        let is_silent = matches!(state, "FAILED" | "INCOMPLETE");
+        // A TCP server says more.
+        if is_silent || self.question.service.protocol != Protocol::Tcp {
+            self.hop("host", format!("{next} on {dev}: {state}"), None);
+        }
+        if is_silent {
             let why = format!(
                 "{next} did not answer ARP on {dev} when the kernel last asked: it is off, or has another address"
             );
