@@ -43,6 +43,7 @@ Options:
       --local ADDR   with up: the link's address
       --uplink NAME  with up: the uplink, if nothing else tells which one it is
       --json         with status, check and explain: print JSON
+      --prometheus   with status: print metrics for Prometheus
       --strict       with check: exit status 1 for a warning, too
       --to WHERE     with explain: the uplink or address that the client asks
       --from-lan HOST
@@ -121,6 +122,7 @@ its forwards have served. Exit status 1: entries are missing or extra.
 
   -v             the commands for what is missing and extra
   --json         for programs
+  --prometheus   metrics, for node_exporter's textfile collector
 ",
     ),
     (
@@ -178,9 +180,20 @@ fn unknown(command: &OsString) -> String {
     format!("unknown command {command:?}{}", meant.unwrap_or_default())
 }
 
-const OPTIONS: [&str; 12] = [
-    "config", "dry-run", "local", "uplink", "json", "strict", "to", "from-lan", "verbose", "quiet",
-    "help", "version",
+const OPTIONS: [&str; 13] = [
+    "config",
+    "dry-run",
+    "local",
+    "uplink",
+    "json",
+    "prometheus",
+    "strict",
+    "to",
+    "from-lan",
+    "verbose",
+    "quiet",
+    "help",
+    "version",
 ];
 
 const VERSION: &str = concat!("mh-hook ", env!("CARGO_PKG_VERSION"), "\n");
@@ -230,7 +243,7 @@ struct Options {
     uplink: Option<OsString>,
     to: Option<OsString>,
     from_lan: Option<OsString>,
-    json: Option<Form>,
+    form: Option<Form>,
     tolerated: Option<Severity>,
 }
 
@@ -261,7 +274,8 @@ impl Arguments {
                 Arg::Long("uplink") => options.uplink = Some(parser.value()?),
                 Arg::Long("to") => options.to = Some(parser.value()?),
                 Arg::Long("from-lan") => options.from_lan = Some(parser.value()?),
-                Arg::Long("json") => options.json = Some(Form::Json),
+                Arg::Long("json") => options.form = Some(Form::Json),
+                Arg::Long("prometheus") => options.form = Some(Form::Prometheus),
                 Arg::Long("strict") => options.tolerated = Some(Severity::Info),
                 Arg::Short('v') | Arg::Long("verbose") => arguments.level = LevelFilter::Debug,
                 Arg::Short('q') | Arg::Long("quiet") => arguments.level = LevelFilter::Error,
@@ -314,6 +328,9 @@ impl Command {
                 Self::Event { direction, args }
             }
             Some("status") => Self::Inspect(Inspect::Status(words.next()), options.form()),
+            Some("check" | "explain") if options.form == Some(Form::Prometheus) => {
+                bail!("--prometheus goes with status")
+            }
             Some("check") => {
                 let tolerated = options.tolerated.take().unwrap_or(Severity::Warning);
                 Self::Inspect(Inspect::Check(tolerated), options.form())
@@ -338,7 +355,7 @@ impl Command {
 
 impl Options {
     fn form(&mut self) -> Form {
-        self.json.take().unwrap_or(Form::Text)
+        self.form.take().unwrap_or(Form::Text)
     }
 
     fn check_none_left(&self) -> Result<()> {
@@ -352,8 +369,8 @@ impl Options {
         );
         ensure!(self.tolerated.is_none(), "--strict goes with check");
         ensure!(
-            self.json.is_none(),
-            "--json goes with status, check and explain"
+            self.form.is_none(),
+            "--json goes with status, check and explain, --prometheus with status"
         );
         Ok(())
     }

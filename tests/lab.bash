@@ -32,7 +32,7 @@ lab_need_root() {
 
 # What the lab itself needs.
 # shellcheck disable=SC2034 # tests/run and the demo install them
-LAB_PACKAGES=(bsdutils conntrack diffutils iproute2 iptables nftables procps python3-jsonschema socat util-linux)
+LAB_PACKAGES=(bsdutils conntrack diffutils iproute2 iptables nftables procps python3-jsonschema python3-prometheus-client socat util-linux)
 
 # lab_install PACKAGE…: those of them that are missing.
 lab_install() {

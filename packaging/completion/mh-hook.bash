@@ -8,7 +8,7 @@ _mh_hook_uplinks() {
 
 _mh_hook() {
     local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} i
-    local options='--config --dry-run --local --uplink --json --strict --to --from-lan --verbose --quiet --help --version -v -q -h -V'
+    local options='--config --dry-run --local --uplink --json --prometheus --strict --to --from-lan --verbose --quiet --help --version -v -q -h -V'
     local config=/etc/mh-hook.toml candidates='' words=()
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do

@@ -49,6 +49,7 @@ complete -c mh-hook -l config -r -F -d 'the configuration'
 complete -c mh-hook -l dry-run -d 'print the plan as commands, change nothing'
 complete -c mh-hook -l local -x -a '(__mh_hook_addresses)' -d "the link's address, with up"
 complete -c mh-hook -l uplink -x -a '(__mh_hook_uplinks)' -d 'whose link it is, with up'
+complete -c mh-hook -l prometheus -d 'print metrics for Prometheus, with status'
 complete -c mh-hook -l strict -d 'exit status 1 for a warning, too, with check'
 complete -c mh-hook -l json -d 'print JSON, with status, check and explain'
 complete -c mh-hook -l to -x -a '(__mh_hook_uplinks)' -d 'the uplink or address that is asked, with explain'

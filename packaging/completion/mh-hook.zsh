@@ -35,6 +35,7 @@ _mh_hook() {
         '--dry-run[print the plan as commands, change nothing]' \
         "--local[the link's address, with up]:address:_mh_hook_addresses" \
         '--uplink[whose link it is, with up]:uplink:_mh_hook_uplinks' \
+        '--prometheus[print metrics for Prometheus, with status]' \
         '--strict[exit status 1 for a warning, too, with check]' \
         '--json[print JSON, with status, check and explain]' \
         '--to[the uplink or address that is asked, with explain]:uplink:_mh_hook_uplinks' \

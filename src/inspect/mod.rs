@@ -3,6 +3,7 @@
 pub mod check;
 mod drift;
 pub mod explain;
+pub mod metrics;
 pub mod packet_trace;
 pub mod report;
 pub mod snapshot;

@@ -12,12 +12,19 @@ use serde::Serialize;
 pub enum Form {
     Text,
     Json,
+    /// Metrics for Prometheus, which status has.
+    Prometheus,
 }
 
 /// The result of a command that only looks.
 pub trait Report: Serialize {
     /// The text for a person.
     fn text(&self, style: Style) -> String;
+
+    /// The metrics for Prometheus. None if there are none.
+    fn metrics(&self) -> Option<String> {
+        None
+    }
 
     /// Whether nothing is wrong: exit status 0, else 1.
     fn is_well(&self) -> bool;
@@ -29,6 +36,7 @@ pub fn print(report: &impl Report, form: Form, detail: Detail) -> Result<bool> {
     let style = Style::of_stdout(detail);
     let text = match form {
         Form::Text => printable(&report.text(style), style),
+        Form::Prometheus => report.metrics().context("there are no metrics of this")?,
         Form::Json => serde_json::to_string_pretty(report).context("write JSON")? + "\n",
     };
     stdout()

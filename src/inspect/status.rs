@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::config::{Config, Uplink};
 use crate::inspect::drift::Drift;
+use crate::inspect::metrics::Metrics;
 use crate::inspect::report::{Detail, Report, Style, Tone, align, few};
 use crate::inspect::snapshot::{Comparison, Snapshot};
 use crate::kernel::conntrack::{self, Filter};
@@ -301,6 +302,65 @@ impl Report for Status {
             text += &format!("{prefix}see what is wrong: mh-hook check\n");
         }
         text
+    }
+
+    fn metrics(&self) -> Option<String> {
+        let mut metrics = Metrics::default();
+        let number = u8::from;
+        let help = "Whether nothing is missing and nothing extra.";
+        let all = [(Vec::new(), Some(number(self.in_step)))];
+        metrics.add("mh_hook_in_step", "gauge", help, all);
+        let uplinks = || {
+            self.uplinks
+                .iter()
+                .map(|it| (vec![("uplink", &it.name[..])], it))
+        };
+        let help = "Whether the uplink's link is up, with an address.";
+        let up = uplinks().map(|(mut labels, it)| {
+            labels.push(("interface", it.interface.as_deref().unwrap_or_default()));
+            (labels, Some(number(it.link == LinkState::Up)))
+        });
+        metrics.add("mh_hook_uplink_up", "gauge", help, up);
+        let help = "For how long the link has had its address.";
+        let age = uplinks().map(|(labels, it)| (labels, it.up_seconds));
+        metrics.add("mh_hook_uplink_up_seconds", "gauge", help, age);
+        let help = "Whether nothing of the uplink is missing and nothing extra.";
+        let in_step = uplinks().map(|(labels, it)| (labels, Some(number(it.in_step))));
+        metrics.add("mh_hook_uplink_in_step", "gauge", help, in_step);
+        let help = "Entries that are missing.";
+        let missing = uplinks().map(|(labels, it)| (labels, Some(it.drift.missing.len())));
+        metrics.add("mh_hook_uplink_missing_entries", "gauge", help, missing);
+        let help = "Entries that are extra.";
+        let extra = uplinks().map(|(labels, it)| (labels, Some(it.drift.extra.len())));
+        metrics.add("mh_hook_uplink_extra_entries", "gauge", help, extra);
+        let help = "Tracked connections with the uplink's mark.";
+        let marked = uplinks().map(|(labels, it)| (labels, it.marked));
+        metrics.add("mh_hook_uplink_connections", "gauge", help, marked);
+        let forwards: Vec<(&str, &ForwardStatus, String)> = self
+            .uplinks
+            .iter()
+            .flat_map(|uplink| uplink.forwards.iter().map(|it| (&uplink.name[..], it)))
+            .map(|(uplink, it)| (uplink, it, it.from.join(",")))
+            .collect();
+        let forwards = || {
+            forwards.iter().map(|(uplink, it, from)| {
+                let service = ("forward", &it.service[..]);
+                let labels = vec![
+                    ("uplink", *uplink),
+                    service,
+                    ("to", &it.to[..]),
+                    ("from", from),
+                ];
+                (labels, *it)
+            })
+        };
+        let help = "Connections that the forward has served since its chain was written.";
+        let served = forwards().map(|(labels, it)| (labels, it.connections));
+        metrics.add("mh_hook_forward_connections_total", "counter", help, served);
+        let help = "Connections of the forward that are tracked now.";
+        let open = forwards().map(|(labels, it)| (labels, it.open));
+        metrics.add("mh_hook_forward_open_connections", "gauge", help, open);
+        Some(metrics.text())
     }
 
     fn is_well(&self) -> bool {

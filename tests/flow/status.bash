@@ -413,3 +413,25 @@ test_status_writes_nothing() {
     mh_hook status --json >"$STATUS"
     expect_equal "what the monitors saw" "" "$(monitor_seen)"
 }
+
+test_status_has_metrics_for_prometheus() {
+    up_both
+    expect_forward_answered
+    on_router ip rule del priority 100
+    mh_hook status --prometheus >"$LAB_DIR/metrics" && fail "exit status 0"
+    /usr/bin/python3 - "$LAB_DIR/metrics" >"$LAB_DIR/samples" <<'EOF'
+import sys
+from prometheus_client.parser import text_string_to_metric_families
+for family in text_string_to_metric_families(open(sys.argv[1]).read()):
+    for sample in family.samples:
+        labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
+        print(family.type, sample.name, labels, sample.value)
+EOF
+    grep -qxF "gauge mh_hook_in_step  0.0" "$LAB_DIR/samples"
+    grep -qxF "gauge mh_hook_uplink_up interface=ppp0,uplink=isp0 1.0" "$LAB_DIR/samples"
+    grep -qxF "gauge mh_hook_uplink_missing_entries uplink=isp0 1.0" "$LAB_DIR/samples"
+    grep -qxF "gauge mh_hook_uplink_in_step uplink=isp1 1.0" "$LAB_DIR/samples"
+    grep -qxF "counter mh_hook_forward_connections_total forward=tcp/80,from=,to=192.168.0.2,uplink=isp0 1.0" "$LAB_DIR/samples"
+    # isp1 has no mark, so nobody can count its connections.
+    expect_equal "marked" 1 "$(grep -c mh_hook_uplink_connections "$LAB_DIR/samples")"
+}
