@@ -9,12 +9,16 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use log::warn;
+use log::{info, warn};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, OFlag, fcntl};
+use nix::sys::stat::{major, minor};
 use nix::unistd::geteuid;
 
 const PATH: &str = "/run/mh-hook.lock";
+
+/// After how long a call that waits for the lock says so.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where a call leaves word that it could not have the lock.
 const WORD: &str = "/run/mh-hook.again";
@@ -33,9 +37,14 @@ impl Lock {
     /// Errors: it can't be locked, or another call holds it until the deadline.
     pub fn take(deadline: Instant) -> Result<Self> {
         let mut pause = Duration::from_millis(1);
+        let mut told = Some(Instant::now() + PATIENCE);
         loop {
             if let Some(lock) = Self::try_take()? {
                 return Ok(lock);
+            }
+            if told.is_some_and(|told| Instant::now() >= told) {
+                told = None;
+                info!("waiting for {}", holder());
             }
             if Instant::now() >= deadline {
                 // Then the holder may have ended meanwhile, and not have seen it.
@@ -44,7 +53,8 @@ impl Lock {
                     return Ok(lock);
                 }
                 bail!(
-                    "another mh-hook, or a tool that it started, holds {PATH}: see who with fuser {PATH}; it will look at all links when it ends"
+                    "waited in vain for {}: see who with fuser {PATH}; it will look at all links when it ends",
+                    holder()
                 );
             }
             sleep(pause);
@@ -70,6 +80,27 @@ impl Lock {
             Ok(_) | Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => Ok(None),
             Err((_, errno)) => Err(anyhow!(errno)).with_context(|| format!("lock {path}")),
         }
+    }
+}
+
+/// Who holds the lock, for a person: `the lock /run/mh-hook.lock, which PID 4711 (mh-hook) holds`.
+fn holder() -> String {
+    let file = fs::metadata(PATH).ok();
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let pid = file.and_then(|file| {
+        let (major, minor) = (major(file.dev()), minor(file.dev()));
+        let place = format!("{major:02x}:{minor:02x}:{}", file.ino());
+        // `1: FLOCK  ADVISORY  WRITE 4711 00:1b:1234 0 EOF`: who waits is marked by `->` (proc_locks(5)).
+        let lines = locks
+            .lines()
+            .map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+        let mut held = lines.filter(|words| words.get(1) == Some(&"FLOCK"));
+        held.find_map(|words| (words.get(5) == Some(&&place[..])).then(|| words[4].to_owned()))
+    });
+    let name = |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).ok();
+    match pid.and_then(|pid| Some((name(&pid)?, pid))) {
+        Some((name, pid)) => format!("the lock {PATH}, which PID {pid} ({}) holds", name.trim()),
+        None => format!("the lock {PATH}, which another mh-hook, or a tool that it started, holds"),
     }
 }
 

@@ -111,7 +111,7 @@ test_an_event_that_could_not_have_the_lock_is_seen_to_by_the_holder() {
     no_fault
     ask_for "event up ppp0 /dev/null 0 203.0.113.10 203.0.113.1"
     ((status == 1)) || fail "exit status $status while another holds the lock: $said"
-    [[ $said == *'holds /run/mh-hook.lock'*'it will look at all links when it ends'* ]] || fail "it said: $said"
+    [[ $said == *'the lock /run/mh-hook.lock, which '*'it will look at all links when it ends'* ]] || fail "it said: $said"
     [[ $(dump) != *mh-isp0* ]] || fail "entries were made without the lock"
     kill -CONT "$holder"
     wait "$holder" || true
