@@ -289,7 +289,12 @@ impl Case<'_> {
                     self.service(),
                     self.link.address
                 );
-                Finding::warning("dnat-ahead", what)
+                let finding = Finding::warning("dnat-ahead", what);
+                // Docker puts its own back.
+                match place.chain.starts_with("DOCKER") {
+                    true => finding,
+                    false => finding.fix(place.deletion()),
+                }
             }
             Fault::MarkChanged(whose, change) => {
                 let mask = self.uplink.routing.as_ref()?.mark.mask;
