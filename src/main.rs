@@ -97,13 +97,20 @@ fn main() -> ExitCode {
     ExitCode::from(status)
 }
 
+/// Of how many problems of a configuration the line is shown: a terminal has no more room.
+const MAX_SNIPPETS: usize = 20;
+
 /// Logs the error; each problem of a configuration on a line of its own.
 fn report(error: &Error) {
     match error.downcast_ref::<config::Errors>() {
-        Some(errors) => errors.lines().for_each(|(line, snippet)| {
-            error!("{line}");
-            output::show(snippet);
-        }),
+        Some(errors) => {
+            for (number, (line, snippet)) in errors.lines().enumerate() {
+                error!("{line}");
+                if number < MAX_SNIPPETS {
+                    output::show(snippet);
+                }
+            }
+        }
         None => error!("{error:#}"),
     }
 }
@@ -186,7 +193,13 @@ fn change(arguments: Arguments) -> Result<(), Failure> {
     if let Some(Ok(session)) = session.as_mut().filter(|_| source.is_ok()) {
         session.begin_to_read()?;
     }
-    let config = configuration(source, &request)?;
+    let config = configuration(source, &request);
+    if let (Err(Failure::Usage(_)), Some(interface)) = (&config, request.interface()) {
+        error!(
+            "{request}: NOTHING is changed for {interface}, since the configuration can't be used:"
+        );
+    }
+    let config = config?;
     let request = match &config {
         Some(config) => request.by_interface(config),
         None => request,

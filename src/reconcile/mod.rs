@@ -238,7 +238,7 @@ pub fn reconcile(
         }
         let doubt =
             config.and_then(|config| request.doubts(config, links, &plan.seen(&kernel.links)));
-        if let Some(doubt) = doubt.filter(|_| round == 0) {
+        if let Some(doubt) = doubt.as_ref().filter(|_| round == 0) {
             warn!("{doubt}");
         }
         let unlisted = unlisted(config, &kernel.ruleset);
@@ -251,7 +251,17 @@ pub fn reconcile(
         if mode == Mode::DryRun {
             let troubles = plan.troubles.values();
             troubles.for_each(|error| warn!("{error:#}"));
-            return print(tools, config, &plan, other_backend.as_ref(), request);
+            let troubles = plan.troubles.values().map(|error| format!("{error:#}"));
+            let unseen = troubles.chain(unlisted.map(|error| error.to_string()));
+            let unseen = unseen.chain(doubt.filter(|_| *request == Request::Sync));
+            return print(
+                tools,
+                config,
+                &plan,
+                other_backend.as_ref(),
+                request,
+                unseen.collect(),
+            );
         }
         if let Some(why) = misread(steps) {
             bail!("{}: {why}", not_done());
@@ -436,13 +446,14 @@ fn end(flows: &[Flow]) -> usize {
     ended
 }
 
-/// Prints the plan as commands.
+/// Prints the plan as commands, and what could not be looked at as comments.
 fn print(
     tools: &Tools,
     config: Option<&Config>,
     plan: &Plan,
     other_backend: Option<&OtherBackend>,
     request: &Request,
+    unseen: Vec<String>,
 ) -> Result<()> {
     let Plan {
         links,
@@ -465,9 +476,10 @@ fn print(
         text.extend(commands.map(|(_, command)| format!("{}\n", command.by(tools.iptables))));
     }
     text.extend(stale.iter().map(|flow| format!("conntrack {flow}\n")));
-    if text.is_empty() {
+    if text.is_empty() && unseen.is_empty() {
         text.push_str("# nothing to change\n");
     }
+    text.extend(unseen.iter().map(|why| format!("# not looked at: {why}\n")));
     output::print(&text).context("print the plan")
 }
 

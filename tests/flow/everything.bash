@@ -60,8 +60,7 @@ EOF
     called isp0 up ppp0 2>"$LAB_DIR/log"
     called isp1 up ppp1 2>>"$LAB_DIR/log"
     expect_equal "second up" "$up" "$(lab_dump)"
-    expect_equal "what the second up did" 2 "$(grep -c ': 0 added, 0 removed' "$LAB_DIR/log")"
-    expect_equal "all that it said" 2 "$(wc -l <"$LAB_DIR/log")"
+    expect_equal "what the second up said" "" "$(cat "$LAB_DIR/log")"
     for link in ppp0 ppp1; do mh_hook down "$link"; done
     expect_equal "after down" "$before" "$(lab_dump)"
     expect_equal "rp_filter of ppp0 after down" 1 "$(rp_filter ppp0)"

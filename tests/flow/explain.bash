@@ -49,7 +49,7 @@ all_agree() {
 # names PATTERN: check or status names the fault, and does not call it well.
 names() {
     local said status=0
-    said=$(mh_hook check 2>&1; mh_hook status 2>&1) || status=$?
+    said=$(mh_hook -v check 2>&1; mh_hook -v status 2>&1) || status=$?
     if mh_hook check >/dev/null 2>&1 && mh_hook status >/dev/null 2>&1; then fail "neither check nor status sees: $1"; fi
     grep -qE -e "$1" <<<"$said" || fail "neither check nor status names $1:"$'\n'"$said"
 }

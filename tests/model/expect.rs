@@ -51,6 +51,13 @@ pub fn expect(world: &World, call: &Call) -> Expected {
         ours: world.ours.to_vec(),
         ..Expected::default()
     };
+    // By hand, what is neither an uplink's interface nor named by an entry is an error.
+    if let Call::Up(interface, _) | Call::Down(interface) = call
+        && in_question(world, config, call).is_empty()
+        && bound(world.ours, interface).is_empty()
+    {
+        return unchanged(2);
+    }
     let mut expected = Expected::default();
     let mut outcome = BTreeSet::new();
     let mut wanted = Vec::new();

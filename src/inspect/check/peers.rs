@@ -46,7 +46,7 @@ pub fn check(view: &View) -> Vec<Finding> {
     adding.retain(|_, (_, options)| options.adds_default());
     let is_serving = |name: &UplinkName| !view.config.uplinks[name].forwards.is_empty();
     let has_plain = view.config.uplinks.keys().any(|name| !is_serving(name));
-    let mut findings = Vec::new();
+    let mut findings = Vec::from_iter(unnamed(view));
     let mut told = None;
     for (name, (peer, options)) in &adding {
         if options.replaces && is_serving(name) && (adding.len() > 1 || has_plain) {
@@ -85,4 +85,41 @@ pub fn check(view: &View) -> Vec<Finding> {
         findings.push(finding);
     }
     findings
+}
+
+/// Peers that match no uplink, while an uplink has no peer, and that all ask for the default route: which link they are, nobody
+/// can tell.
+fn unnamed(view: &View) -> Option<Finding> {
+    let root = &view.snapshot.root;
+    let known = peers(root, view.config);
+    if known.len() >= view.config.uplinks.len() {
+        return None;
+    }
+    let names = root.list(FOLDER).into_iter();
+    let names = names.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()));
+    let asks = |name: &String| {
+        let is_known = known.values().any(|(peer, _)| peer == name);
+        // Debian's own example.
+        let is_left_out = name == "provider" || name.ends_with('~') || name.contains('.');
+        let options = peer_options(root, name).filter(|_| !is_known && !is_left_out);
+        options.is_some_and(|it| it.adds_default() && it.identity.interface.is_none())
+    };
+    let unnamed: Vec<String> = names.filter(asks).collect();
+    let others = known
+        .values()
+        .filter(|(_, options)| options.adds_default())
+        .count();
+    let (first, _) = unnamed.split_first()?;
+    if unnamed.len() + others < 2 {
+        return None;
+    }
+    let files = unnamed.iter().map(|name| format!("{FOLDER}/{name}"));
+    let what = format!(
+        "{} ask for the default route, as others do, and name no unit: the link that is dialled first gets both ppp0 and the default route",
+        few(files)
+    );
+    let fix = format!(
+        "echo unit 0 >> {FOLDER}/{first}: each its own number, and nodefaultroute in that of the servers' link"
+    );
+    Some(Finding::warning("peers-unnamed", what).fix(fix))
 }
