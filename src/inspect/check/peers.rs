@@ -105,17 +105,13 @@ fn unnamed(view: &View) -> Option<Finding> {
         options.is_some_and(|it| it.adds_default() && it.identity.interface.is_none())
     };
     let unnamed: Vec<String> = names.filter(asks).collect();
-    let others = known
-        .values()
-        .filter(|(_, options)| options.adds_default())
-        .count();
     let (first, _) = unnamed.split_first()?;
-    if unnamed.len() + others < 2 {
+    if unnamed.len() < 2 {
         return None;
     }
     let files = unnamed.iter().map(|name| format!("{FOLDER}/{name}"));
     let what = format!(
-        "{} ask for the default route, as others do, and name no unit: the link that is dialled first gets both ppp0 and the default route",
+        "{} all ask for the default route and name no unit: the link that is dialled first gets both ppp0 and the default route",
         few(files)
     );
     let fix = format!(
