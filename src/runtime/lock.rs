@@ -18,7 +18,7 @@ use nix::unistd::geteuid;
 const PATH: &str = "/run/mh-hook.lock";
 
 /// After how long a call that waits for the lock says so.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where a call leaves word that it could not have the lock.
 const WORD: &str = "/run/mh-hook.again";
